@@ -1,0 +1,41 @@
+"""What memplan raises for its user. Everything else that escapes is a bug.
+
+    MemplanError            one `error:` line, `hint:` lines, exit code 2
+    ├── UnknownNameError    a name that no table holds; suggests the nearest ones
+    └── InvalidSpecError    a model file or config that cannot be read
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MemplanError(ValueError):
+    """A mistake in the input, said in one line, with what to do about it in `hints`."""
+
+    def __init__(self, message: str, *, hints: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hints = tuple(hints)
+
+
+class UnknownNameError(MemplanError):
+    """`name` is not one of `known`; the nearest known names become the hint."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, listed_by: str | None = None) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+        hints = []
+        if near:
+            hints.append("did you mean " + " or ".join(f"`{n}`" for n in near) + "?")
+        elif len(names) <= 12:
+            hints.append("known: " + ", ".join(names))
+        if listed_by:
+            hints.append(f"`{listed_by}` lists them")
+        super().__init__(f"unknown {kind} `{name}`", hints=hints)
+        self.near = tuple(near)
+
+
+class InvalidSpecError(MemplanError):
+    """A model description that is broken, contradictory or of no known family."""
