@@ -1,0 +1,99 @@
+"""The real transformers model (with PEFT, with bitsandbytes 4-bit linears), built on meta, then made of fake CPU tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build(
+    hf_config: dict[str, Any],
+    *,
+    method: str,
+    weight_dtype: str,
+    attention: str,
+    rank: int,
+    target_modules: str | tuple[str, ...],
+    lora_dropout: float,
+    use_dora: bool,
+    modules_to_save: tuple[str, ...],
+    double_quant: bool,
+    kbit_prep: bool,
+    adapter_dtype: str,
+    gradient_checkpointing: bool,
+    reentrant: bool,
+) -> nn.Module:
+    """The training-ready model on meta, as a user of these libraries sets it up."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**hf_config)
+    config.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[weight_dtype], attn_implementation=attention
+        )
+    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    if method == "qlora":
+        from tests.oracle.bnb import quantize
+
+        quantize(model, double_quant=double_quant, dtype=DTYPES[weight_dtype])
+    if method == "qlora" and kbit_prep:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=gradient_checkpointing, **checkpointing
+        )
+    elif gradient_checkpointing:
+        model.gradient_checkpointing_enable(**checkpointing)
+        if method != "full":
+            model.enable_input_require_grads()
+    if method != "full":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=rank,
+                lora_alpha=2 * rank,
+                lora_dropout=lora_dropout,
+                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+                use_dora=use_dora,
+                modules_to_save=list(modules_to_save) or None,
+                task_type="CAUSAL_LM",
+                bias="none",
+            ),
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad and adapter_dtype != "fp32":
+                parameter.data = parameter.data.to(DTYPES[adapter_dtype])
+    model.train()
+    return model
+
+
+def fakeify(model: nn.Module) -> None:
+    """Replace each meta parameter and buffer by a fake CPU one (call it under FakeTensorMode), ties kept."""
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            for name, value in vars(tensor).items():
+                setattr(new, name, value)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    slots[name] = fake(tensor)
+        # Tensors that are neither parameter nor buffer (none are expected, but a library may keep one).
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                setattr(module, name, fake(value))
