@@ -1,0 +1,185 @@
+"""Models by name: the bundled `model_specs/*.json`, a user's config, or a repository of the Hugging Face Hub.
+
+A bundled spec is a Hugging Face config plus `name`, `aliases`, `source`, `num_parameters`, `hf_repo` and `notes`.
+Its file is named after it, so one name costs one small file; the others are read only when a name is not found so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from memplan.errors import InvalidSpecError, MemplanError, UnknownNameError
+from memplan.hf_config import read_config
+from memplan.model_spec import ModelSpec
+
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_TIMEOUT_S = 5.0
+
+
+@cache
+def spec_dir() -> Path:
+    """The folder of the bundled specs: inside the installed package, or at the root of a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "model_specs"
+    return installed if installed.is_dir() else here.parent / "model_specs"
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Names of the bundled models, sorted; no file is opened."""
+    return tuple(sorted(path.stem for path in spec_dir().glob("*.json")))
+
+
+def load(name_or_path: str | Path) -> ModelSpec:
+    """The spec behind a bundled name or alias, the path of a `config.json` or of a folder with one, or a Hub id.
+
+    Names are matched whatever their case and separators. A folder that holds only an adapter means its base model.
+
+    Raises:
+        UnknownNameError: nothing of that name; the nearest bundled names are in the hints.
+        InvalidSpecError: a config was found and cannot be used.
+        MemplanError: the Hub was needed and could not answer.
+    """
+    text = str(name_or_path)
+    if not isinstance(name_or_path, Path):
+        if _FILE_NAME.fullmatch(text.lower()) and (spec_dir() / f"{text.lower()}.json").is_file():
+            return _bundled(text.lower())
+        name = _index().get(_key(text))
+        if name is not None:
+            return _bundled(name)
+    path = Path(text)
+    if path.is_dir() and not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        return load(_base_model(path))
+    if (
+        isinstance(name_or_path, Path)
+        or path.exists()
+        or path.suffix == ".json"
+        or text.startswith((".", "/", "~"))
+    ):
+        return ModelSpec.from_hf_config(path.expanduser())
+    if _HUB_ID.fullmatch(text):
+        return _from_hub(text)
+    raise UnknownNameError("model", text, names(), listed_by="memplan models")
+
+
+def all_specs() -> tuple[ModelSpec, ...]:
+    """Every bundled spec, by name."""
+    return tuple(_bundled(name) for name in names())
+
+
+@cache
+def _bundled(name: str) -> ModelSpec:
+    return ModelSpec.from_hf_config(spec_dir() / f"{name}.json")
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z0-9/]", "", text.lower())
+
+
+@cache
+def _index() -> dict[str, str]:
+    """Every spelling that means a bundled model: its name, its aliases, its Hub id with and without the owner."""
+    index: dict[str, str] = {}
+    for name in names():
+        raw = json.loads((spec_dir() / f"{name}.json").read_bytes())
+        repo = raw.get("hf_repo") or ""
+        for alias in (name, *raw.get("aliases", ()), repo, repo.rpartition("/")[2]):
+            index.setdefault(_key(alias), name)
+    index.pop("", None)
+    return index
+
+
+def nearest(text: str) -> str | None:
+    """The bundled name that looks most like `text`, or None."""
+    tail = _key(text.rpartition("/")[2])
+    near = difflib.get_close_matches(tail, [key for key in _index() if "/" not in key], n=1, cutoff=0.5)
+    return _index()[near[0]] if near else None
+
+
+def _from_hub(repo: str) -> ModelSpec:
+    near = nearest(repo)
+    hints = (
+        [f"`{near}` is bundled and needs no download"]
+        if near
+        else ["`memplan models` lists the bundled models"]
+    )
+    hints.append("or give the path of its `config.json`")
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+        )
+    except ImportError:
+        raise MemplanError(
+            f"`{repo}` is not bundled, and reading the Hugging Face Hub needs the package `huggingface-hub`",
+            hints=["pip install 'memplan[hub]'", *hints],
+        ) from None
+    try:
+        path = try_to_load_from_cache(repo, "config.json")
+        if not isinstance(path, str):
+            path = hf_hub_download(repo, "config.json", etag_timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError:
+        raise MemplanError(
+            f"`{repo}` is gated: its owner has to grant access", hints=["log in with `hf auth login`", *hints]
+        ) from None
+    except RepositoryNotFoundError:
+        raise UnknownNameError("model", repo, names(), listed_by="memplan models") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise MemplanError(
+            f"`{repo}` is not bundled, and the Hugging Face Hub is out of reach", hints=hints
+        ) from None
+    except EntryNotFoundError:
+        raise InvalidSpecError(f"`{repo}` holds no `config.json`", hints=hints) from None
+    except HFValidationError:
+        raise UnknownNameError("model", repo, names(), listed_by="memplan models") from None
+    except OSError as error:
+        raise MemplanError(
+            f"`{repo}` could not be read from the Hugging Face Hub: {error}", hints=hints
+        ) from None
+    spec = ModelSpec.from_hf_config(path)
+    return spec.model_copy(update={"name": repo, "hf_repo": repo, "source": f"config.json of {repo}"})
+
+
+def _base_model(folder: Path) -> str:
+    base = _adapter(folder)[0].get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InvalidSpecError(
+            f"{folder}: an adapter that does not name its base model", hints=["name the base model itself"]
+        )
+    return base
+
+
+def adapter_settings(path: str | Path) -> dict[str, Any]:
+    """TrainConfig's adapter fields from a PEFT `adapter_config.json`, or from a folder that holds one.
+
+    `rank`, `target_modules`, `lora_dropout`, `use_dora`, `modules_to_save`; what the file does not say is left out.
+
+    Raises:
+        InvalidSpecError: no such file, not a JSON object, or not a LoRA adapter.
+    """
+    raw, where = _adapter(Path(path))
+    kind = str(raw.get("peft_type", "LORA")).upper()
+    if kind != "LORA":
+        raise InvalidSpecError(f"{where}: a `{kind}` adapter; memplan knows LoRA")
+    settings: dict[str, Any] = {"rank": raw.get("r"), "lora_dropout": raw.get("lora_dropout")}
+    targets = raw.get("target_modules")
+    # PEFT writes a set, in no order; a string is `all-linear` or one name.
+    settings["target_modules"] = tuple(sorted(targets)) if isinstance(targets, list) else targets
+    settings["use_dora"] = raw.get("use_dora") or None
+    settings["modules_to_save"] = tuple(raw.get("modules_to_save") or ()) or None
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _adapter(path: Path) -> tuple[dict[str, Any], str]:
+    return read_config(path / "adapter_config.json" if path.is_dir() else path)

@@ -1,0 +1,208 @@
+"""Each Hugging Face family: how its config spells a field, and what its modeling code fixes with no key.
+
+Read from transformers 5.17, `models/<model_type>/configuration_*.py` and `modeling_*.py`. A test builds every family
+at toy size and compares the biases, norms and shapes told here with the modules that are really there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# How a family decides which layers slide.
+# "every": all of them as soon as `sliding_window` is set.
+# "upper": those from `max_window_layers` on, if `use_sliding_window`.
+# an integer n: all but each n-th. `layer_types`, where given, wins over the last two.
+Sliding = Literal["none", "every", "upper", "no_rope", "qwen2_moe"] | int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: `keys` maps a ModelSpec field to the config key that holds it where the two differ,
+    `fixed` gives fields that no key decides."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    sliding: Sliding = "none"
+    derives_head_dim: bool = False
+    """`head_dim` is always hidden_size / num_attention_heads; a `head_dim` key has no effect."""
+    rotary_factor: float | None = None
+    """Part of each head that is rotated when the config does not say; None where partial rotation is not built."""
+    rotary_factor_keys: tuple[str, ...] = ("partial_rotary_factor",)
+
+
+_GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": "n_inner",
+    "hidden_act": "activation_function",
+    "attention_dropout": "attn_pdrop",
+    "hidden_dropout": "resid_pdrop",
+    "embedding_dropout": "embd_pdrop",
+}
+# One `attention_bias` for q, k, v and the output projection.
+_ALL_FOUR = {"attention_out_bias": "attention_bias"}
+_DEEPSEEK_KEYS = _ALL_FOUR | {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+_BIASED = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(keys=_ALL_FOUR),
+    "mistral": Family(sliding="every"),
+    "qwen2": Family(fixed={"attention_bias": True}, sliding="upper"),
+    "qwen3": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="upper"),
+    "gemma": Family(keys=_ALL_FOUR),
+    "gemma2": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, sliding=2),
+    "gemma3_text": Family(
+        keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=6
+    ),
+    "phi": Family(
+        keys={"hidden_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop", "qk_norm": "qk_layernorm"},
+        fixed=_BIASED | {"lm_head_bias": True, "parallel_residual": True},
+        rotary_factor=0.5,
+    ),
+    # `embd_pdrop` is a key of phi3's config that its modeling code never reads.
+    "phi3": Family(keys={"hidden_dropout": "resid_pdrop"}, sliding="every", rotary_factor=1.0),
+    "gpt2": Family(keys=_GPT2_KEYS, fixed=_BIASED, derives_head_dim=True),
+    "gpt_neox": Family(
+        keys=_ALL_FOUR
+        | {"embedding_dropout": "hidden_dropout", "parallel_residual": "use_parallel_residual"},
+        fixed={"mlp_bias": True},
+        derives_head_dim=True,
+        rotary_factor=0.25,
+        rotary_factor_keys=("rotary_pct",),
+    ),
+    "gptj": Family(
+        keys=_GPT2_KEYS,
+        fixed={"mlp_bias": True, "lm_head_bias": True, "parallel_residual": True},
+        derives_head_dim=True,
+    ),
+    "falcon": Family(
+        keys={
+            "num_key_value_heads": "num_kv_heads",
+            "intermediate_size": "ffn_hidden_size",
+            "hidden_act": "activation",
+            "parallel_residual": "parallel_attn",
+            "attention_bias": "bias",
+            "attention_out_bias": "bias",
+            "mlp_bias": "bias",
+        },
+        derives_head_dim=True,
+    ),
+    "opt": Family(
+        keys={
+            "intermediate_size": "ffn_dim",
+            "hidden_act": "activation_function",
+            "hidden_dropout": "dropout",
+            "attention_bias": "enable_bias",
+            "attention_out_bias": "enable_bias",
+            "mlp_bias": "enable_bias",
+            "norm_affine": "layer_norm_elementwise_affine",
+        },
+        derives_head_dim=True,
+    ),
+    "bloom": Family(
+        keys={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+        fixed=_BIASED | {"hidden_act": "gelu", "alibi": True, "max_position_embeddings": None},
+        derives_head_dim=True,
+    ),
+    # `no_bias`, `expansion_ratio`, `resid_pdrop`, `emb_pdrop` and `attn_config.alibi` have no effect on the built model.
+    "mpt": Family(
+        keys={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "max_position_embeddings": "max_seq_len",
+        },
+        fixed={"hidden_act": "gelu", "alibi": True},
+        derives_head_dim=True,
+    ),
+    "olmo": Family(keys=_ALL_FOUR, fixed={"norm_affine": False}),
+    "olmo2": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}),
+    "olmo3": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding=4),
+    "smollm3": Family(keys=_ALL_FOUR, sliding="no_rope"),
+    "starcoder2": Family(
+        keys={
+            "hidden_dropout": "residual_dropout",
+            "attention_bias": "use_bias",
+            "attention_out_bias": "use_bias",
+            "mlp_bias": "use_bias",
+        },
+        sliding="every",
+    ),
+    "granite": Family(keys=_ALL_FOUR),
+    "stablelm": Family(
+        keys={
+            "attention_bias": "use_qkv_bias",
+            "qk_norm": "qk_layernorm",
+            "parallel_residual": "use_parallel_residual",
+        },
+        derives_head_dim=True,
+        rotary_factor=0.25,
+        rotary_factor_keys=("partial_rotary_factor", "rope_pct"),
+    ),
+    "cohere": Family(keys=_ALL_FOUR | {"qk_norm": "use_qk_norm"}, fixed={"parallel_residual": True}),
+    "mixtral": Family(
+        keys={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        sliding="every",
+    ),
+    "qwen3_moe": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="every"),
+    "qwen2_moe": Family(keys={"attention_bias": "qkv_bias"}, sliding="qwen2_moe"),
+    "gpt_oss": Family(
+        keys=_ALL_FOUR | {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        fixed={"mlp_bias": True},
+        sliding=2,
+    ),
+    "olmoe": Family(keys=_ALL_FOUR | {"moe_intermediate_size": "intermediate_size"}, fixed={"qk_norm": True}),
+    "deepseek_v2": Family(keys=_DEEPSEEK_KEYS),
+    "deepseek_v3": Family(keys=_DEEPSEEK_KEYS),
+    "glm": Family(rotary_factor=0.5),
+    "glm4": Family(rotary_factor=0.5),
+}
+
+# `model_type`s of checkpoints older than their transformers class.
+OLD_MODEL_TYPES = {
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
+    "Yi": "llama",
+    "phi-msft": "phi",
+    "stablelm_epoch": "stablelm",
+}
+# Wrappers of a text model (beside a vision tower) whose `text_config` may leave its own type out.
+TEXT_MODEL_TYPES = {"gemma3": "gemma3_text", "llava": "llama"}
+
+_CANONICAL_GPT2 = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+# Further names of a key: the config class's `attribute_map`, or what the repository's own code called it.
+OTHER_KEYS: dict[str, dict[str, str]] = {
+    "gpt2": {name: _GPT2_KEYS[name] for name in _CANONICAL_GPT2},
+    "gptj": {name: _GPT2_KEYS[name] for name in _CANONICAL_GPT2},
+    "bloom": {
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "n_embed": "hidden_size",
+        "n_embd": "hidden_size",
+    },
+    "mpt": {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"},
+    "falcon": {
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_head_kv": "num_kv_heads",
+        "n_embed": "hidden_size",
+    },
+    "phi": {
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_head_kv": "num_key_value_heads",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+    },
+    "mixtral": {"num_experts": "num_local_experts"},
+    "gpt_oss": {"num_experts": "num_local_experts"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "olmoe": {"num_local_experts": "num_experts"},
+    "deepseek_v2": {"num_experts": "n_routed_experts"},
+    "deepseek_v3": {"num_local_experts": "n_routed_experts"},
+}

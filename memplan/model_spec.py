@@ -1,0 +1,295 @@
+"""ModelSpec: one architecture, in the names of a Hugging Face `config.json`.
+
+Every family is told in one spelling, the one `LlamaConfig` has; `hf_config` translates the others.
+A spec says what the transformers model of that `model_type` builds, so a bias that no key of the
+config mentions (qwen2's q/k/v) is stated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from memplan.errors import InvalidSpecError
+from memplan.hf_config import canonical_fields, read_config
+
+LayerType = Literal["full_attention", "sliding_attention"]
+
+# Bounds keep a typing mistake (or a hostile file) from becoming an estimate of petabytes or a loop of
+# hours; each lies at least eightfold above the largest model published.
+MAX_WIDTH = 2**20
+MAX_LAYERS = 2**12
+MAX_VOCAB = 2**24
+MAX_POSITIONS = 2**31
+
+
+class ModelSpec(BaseModel):
+    """One decoder-only language model.
+
+    Raises:
+        pydantic.ValidationError: a field of the wrong type or out of bounds, or fields that contradict
+            each other. `from_hf_config` turns these into `InvalidSpecError`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    model_type: str = Field(max_length=64)
+    """Family, as transformers spells it; it decides gating, norms and biases."""
+    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
+    """Width of the dense MLP (of one expert in mixtral, gpt_oss and olmoe)."""
+    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
+    """Decoder layers."""
+    num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
+    """Query heads."""
+    num_key_value_heads: int = Field(ge=1, le=MAX_WIDTH)
+    """Key and value heads; 1 is multi-query attention."""
+    head_dim: int = Field(ge=1, le=MAX_WIDTH)
+    """Width of one head; with multi-head latent attention the rotary part, as transformers has it."""
+    vocab_size: int = Field(ge=1, le=MAX_VOCAB)
+    """Rows of the token embedding, padding included."""
+    max_position_embeddings: int | None = Field(None, ge=1, le=MAX_POSITIONS)
+    """Longest sequence the model was made for; None where the family has no limit (bloom)."""
+    tie_word_embeddings: bool = False
+    """The output head is the token embedding."""
+
+    hidden_act: str = Field("silu", max_length=64)
+    """Activation of the MLP, as transformers' ACT2FN names it."""
+    attention_bias: bool = False
+    """q, k and v (and latent down-projections) have a bias."""
+    attention_out_bias: bool = False
+    """The attention output projection has a bias."""
+    mlp_bias: bool = False
+    """MLP projections have a bias."""
+    lm_head_bias: bool = False
+    """The output head has a bias."""
+    qk_norm: bool = False
+    """Queries and keys are normalised before attention."""
+    norm_affine: bool = True
+    """Norms have weights (opt `layer_norm_elementwise_affine`; olmo has none)."""
+    final_norm: bool = True
+    """A norm follows the last layer (opt-350m has none)."""
+
+    attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout of the attention probabilities in training."""
+    hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on what attention and MLP add to the residual."""
+    embedding_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout after the embedding."""
+
+    sliding_window: int | None = Field(None, ge=1, le=MAX_POSITIONS)
+    """Window of the sliding layers, in tokens; None when no layer slides."""
+    layer_types: tuple[LayerType, ...] = Field((), max_length=MAX_LAYERS)
+    """Attention of each layer; empty when all are full."""
+    rotary_dim: int | None = Field(None, ge=0, le=MAX_WIDTH)
+    """Leading elements of each head that are rotated; None is the whole head."""
+    no_rope_layers: tuple[int, ...] = Field((), max_length=MAX_LAYERS)
+    """smollm3's flags, one a layer: 1 rotates, 0 does not. Empty when all rotate."""
+    alibi: bool = False
+    """Attention biases by distance in place of rotary positions."""
+    attn_logit_softcapping: float | None = None
+    """tanh cap on attention scores (gemma2)."""
+    final_logit_softcapping: float | None = None
+    """tanh cap on the logits (gemma2)."""
+
+    parallel_residual: bool = False
+    """Attention and MLP read the same input and add to the residual together."""
+    num_ln_in_parallel_attn: int = Field(1, ge=1, le=2)
+    """Norms before a parallel block (falcon)."""
+    new_decoder_architecture: bool = False
+    """falcon's grouped-query layout (40B and later)."""
+    multi_query: bool = False
+    """falcon's single key/value head (7B)."""
+    do_layer_norm_before: bool = True
+    """Norms come before attention and MLP; after them in opt-350m."""
+    word_embed_proj_dim: int | None = Field(None, ge=1, le=MAX_WIDTH)
+    """opt: width of the embedding, projected to `hidden_size` when it differs."""
+
+    num_experts: int = Field(0, ge=0, le=2**14)
+    """Routed experts per MoE layer; 0 for a dense model."""
+    num_experts_per_tok: int = Field(0, ge=0, le=2**14)
+    """Routed experts that one token visits."""
+    moe_intermediate_size: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Width of one routed expert."""
+    num_shared_experts: int = Field(0, ge=0, le=2**10)
+    """deepseek: experts that every token visits, built as one MLP of their joint width."""
+    shared_expert_intermediate_size: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Width of the shared MLP; 0 for none."""
+    first_k_dense_replace: int = Field(0, ge=0, le=MAX_LAYERS)
+    """deepseek: this many first layers are dense."""
+    decoder_sparse_step: int = Field(1, ge=1, le=MAX_LAYERS)
+    """qwen MoE: every how many layers one is sparse."""
+    mlp_only_layers: tuple[int, ...] = Field((), max_length=MAX_LAYERS)
+    """qwen MoE: layers that are dense all the same."""
+    n_group: int | None = Field(None, ge=1, le=2**14)
+    """deepseek: groups the router chooses among first."""
+    topk_group: int | None = Field(None, ge=1, le=2**14)
+    """deepseek: groups it keeps."""
+    topk_method: str | None = Field(None, max_length=64)
+    """deepseek_v2: `greedy` or `group_limited_greedy`."""
+    norm_topk_prob: bool = False
+    """The weights of the chosen experts are made to sum to one."""
+    output_router_logits: bool = False
+    """The router's logits are returned and add a load-balancing loss."""
+
+    q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
+    """Latent width of the queries; None projects them directly."""
+    kv_lora_rank: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Latent width of keys and values; above 0 means multi-head latent attention."""
+    qk_nope_head_dim: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Unrotated part of a query/key head."""
+    qk_rope_head_dim: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Rotated part of a query/key head."""
+    v_head_dim: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Width of a value head."""
+
+    quantization_config: dict[str, Any] | None = None
+    """How a checkpoint that comes quantised is stored."""
+    torch_dtype: str | None = Field(None, max_length=64)
+    """dtype of the published weights."""
+
+    name: str | None = Field(None, max_length=256)
+    """Name in memplan's catalogue, or of the folder that was read."""
+    aliases: tuple[str, ...] = ()
+    """Other names it answers to."""
+    source: str | None = None
+    """Where the numbers come from."""
+    num_parameters: int | None = Field(None, ge=1)
+    """Parameters of the transformers model, tied ones counted once."""
+    hf_repo: str | None = Field(None, max_length=256)
+    """Repository on the Hugging Face Hub."""
+    notes: tuple[str, ...] = ()
+    """What the reader should know: what is left out, how sources that disagree were settled."""
+
+    @field_validator("layer_types", "no_rope_layers", "mlp_only_layers", "aliases", "notes", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
+                f"`num_key_value_heads` ({self.num_key_value_heads})"
+            )
+        for name in ("layer_types", "no_rope_layers"):
+            if getattr(self, name) and len(getattr(self, name)) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers"
+                )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("`layer_types` names sliding layers, but `sliding_window` is not given")
+        if self.rotary_dim is not None and self.rotary_dim > self.head_dim:
+            raise ValueError(f"`rotary_dim` ({self.rotary_dim}) is above `head_dim` ({self.head_dim})")
+        if self.num_experts:
+            if not 1 <= self.num_experts_per_tok <= self.num_experts:
+                raise ValueError(
+                    f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be 1 to {self.num_experts}, "
+                    "the number of experts"
+                )
+            if not self.moe_intermediate_size:
+                raise ValueError("`moe_intermediate_size` is not given for a mixture of experts")
+        if self.kv_lora_rank and not (self.qk_rope_head_dim and self.v_head_dim):
+            raise ValueError("`kv_lora_rank` needs `qk_rope_head_dim` and `v_head_dim`")
+        return self
+
+    def __hash__(self) -> int:
+        # Not over every field: `quantization_config` is a dict. Equal specs still hash alike.
+        return hash((self.model_type, self.name, self.hidden_size, self.num_hidden_layers, self.vocab_size))
+
+    @property
+    def label(self) -> str:
+        """What to call it in text."""
+        return self.name or self.hf_repo or self.model_type
+
+    @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with sliding-window attention."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == "sliding_attention")
+
+    def layer_window(self, layer: int) -> int | None:
+        """Sliding window of layer `layer` in tokens; None when its attention is full."""
+        return (
+            self.sliding_window
+            if self.layer_types and self.layer_types[layer] == "sliding_attention"
+            else None
+        )
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether layer `layer` rotates queries and keys (smollm3 leaves some out)."""
+        return not self.no_rope_layers or bool(self.no_rope_layers[layer])
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` has experts.
+
+        Source: the decoder layers of qwen2_moe, qwen3_moe, deepseek_v2 and deepseek_v3 in transformers 5.17.
+        """
+        return (
+            self.num_experts > 0
+            and layer >= self.first_k_dense_replace
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+
+    @property
+    def is_mla(self) -> bool:
+        """Multi-head latent attention (deepseek)."""
+        return self.kv_lora_rank > 0
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query/key head as it enters attention."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.is_mla else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of one value head as it enters attention."""
+        return self.v_head_dim if self.is_mla else self.head_dim
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any] | str | Path) -> Self:
+        """The spec that a Hugging Face `config.json` describes: a dict, a file, or a folder that holds one.
+
+        A key that is missing takes the default of the transformers 5.17 config class of that `model_type`, and
+        an old key name means what that class (or the repository's own code before it) takes it to mean.
+
+        Raises:
+            InvalidSpecError: not a readable JSON object, a family memplan does not know, or sizes that are
+                missing, out of bounds or contradictory.
+        """
+        raw, where = read_config(config)
+        prefix = f"{where}: " if where else ""
+        try:
+            return cls(**canonical_fields(raw))
+        except InvalidSpecError as error:
+            raise InvalidSpecError(prefix + error.message, hints=error.hints) from None
+        except ValidationError as error:
+            raise InvalidSpecError(
+                prefix + _one_line(error),
+                hints=["names and meaning are those of the model's `config.json` on the Hugging Face Hub"],
+            ) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing that is wrong, without pydantic's type codes and links."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    field = ".".join(str(part) for part in first["loc"])
+    return f"`{field}`: {message[0].lower()}{message[1:]}, not {first['input']!r:.60}"
