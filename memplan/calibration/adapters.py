@@ -1,4 +1,4 @@
-"""What a script does between loading a model and its first step: k-bit preparation, checkpointing, adapters."""
+"""What a script does between loading a model and its first step."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from memplan.train_config import TrainConfig
 
 
 def prepare(model: Any, config: TrainConfig) -> Any:
-    """The model ready to train, in the order of PEFT's own guides: k-bit preparation, checkpointing, `get_peft_model`."""
+    """The model ready to train, in the order of PEFT's guides: k-bit preparation, checkpointing, adapters."""
     if config.method == "qlora" and config.kbit_prep:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": config.reentrant},
-        )
+        model = kbit_prepare(model, config)
     if config.gradient_checkpointing:
         enable_checkpointing(model, config)
     return add_adapters(model, config) if config.trains_adapters else model
 
 
+def kbit_prepare(model: Any, config: TrainConfig) -> Any:
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": config.reentrant},
+    )
+
+
 def enable_checkpointing(model: Any, config: TrainConfig) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": config.reentrant})
     if config.trains_adapters:
-        # A frozen embedding's output asks for no gradient, and a reentrant checkpoint needs an input that does.
+        # A frozen embedding's output asks for no gradient; a reentrant checkpoint needs an input that does.
         model.enable_input_require_grads()
 
 

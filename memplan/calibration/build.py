@@ -52,6 +52,9 @@ def materialise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
         owner, leaf = _split(modules, name)
         if leaf == "weight" and hasattr(owner, "source_cls"):
             owner.weight = quantised_weight(owner, parameter, device, dtype)
+        elif hasattr(owner, "source_cls"):
+            # bitsandbytes layers are made with an fp32 frozen bias; loading puts the checkpoint's in its place.
+            setattr(owner, leaf, nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device)))
         else:
             empty = torch.empty_like(parameter, device=device)
             setattr(owner, leaf, nn.Parameter(empty, requires_grad=parameter.requires_grad))
@@ -86,7 +89,7 @@ def quantised_weight(module: Any, old: Any, device: torch.device, dtype: torch.d
         return new
     said.pop("SCB", None)
     new = bnb.nn.Int8Params(value.to("cpu"), requires_grad=False, **said).to(device)
-    return new
+    return new  # noqa: RET504 -- the annotation above types it
 
 
 def _replace_linears(model: Any, config: TrainConfig) -> Any:
@@ -106,12 +109,15 @@ def _replace_linears(model: Any, config: TrainConfig) -> Any:
     quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=DTYPES[config.weight_dtype], device_map=None)
     quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer  # Trainer asks it whether the model may be trained
     return quantizer
 
 
 def _keep_some_in_fp32(model: Any, dtype: torch.dtype) -> None:
     """Parameters that transformers keeps in fp32 whatever dtype is asked for (its `dtype_plan`)."""
-    plan = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
+    plan = (
+        set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
+    )
     if dtype == torch.float16:
         plan |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     if not plan:

@@ -9,7 +9,16 @@ from importlib import metadata
 
 from memplan.calibration.record import Environment
 
-_LIBRARIES = ("transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger_kernel", "flash_attn", "memplan")
+_LIBRARIES = (
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "trl",
+    "liger_kernel",
+    "flash_attn",
+    "memplan",
+)
 
 
 def read_environment(device: str = "cuda") -> Environment:
@@ -31,7 +40,9 @@ def read_environment(device: str = "cuda") -> Environment:
     facts["torch"] = torch.__version__
     facts["python"] = platform.python_version()
     facts["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    facts["allocator_conf"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
+    facts["allocator_conf"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get(
+        "PYTORCH_ALLOC_CONF"
+    )
     for name in _LIBRARIES:
         try:
             facts[name] = metadata.version(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from memplan.calibration.losses import compute_loss
 from memplan.calibration.meter import Meter
 from memplan.calibration.optimizers import make_optimizer
 from memplan.train_config import TrainConfig
@@ -33,10 +34,15 @@ def make_batch(config: TrainConfig, vocab_size: int, device: torch.device) -> di
     batch = {"input_ids": ids, "labels": ids.clone()}
     if config.padding:
         mask = torch.ones_like(ids)
-        mask[0, config.seq_len - max(1, config.seq_len // 4) :] = 0
+        mask[0, padded_length(config.seq_len) :] = 0
         batch["attention_mask"] = mask
         batch["labels"][mask == 0] = -100
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def padded_length(seq_len: int) -> int:
+    """Tokens of the one short row of a padded batch: three quarters, at least one less than the others."""
+    return seq_len - max(1, seq_len // 4)
 
 
 def train(
@@ -61,6 +67,7 @@ def train(
             meter.begin("backward", step, micro_step)
             loss.backward()
             meter.end()
+            # What the graph still holds goes with it: neither clipping nor the optimizer sees it.
             del loss
         if config.max_grad_norm > 0:
             meter.begin("clip", step)
@@ -80,5 +87,5 @@ def _forward(
     model: Any, batch: dict[str, torch.Tensor], config: TrainConfig, device: torch.device
 ) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-        loss: torch.Tensor = model(**batch).loss
+        loss = compute_loss(model, batch, config)
     return loss / config.gradient_accumulation_steps if config.gradient_accumulation_steps > 1 else loss

@@ -15,7 +15,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from memplan.calibration.record import Case, Record, dump_line, read_cases, read_records
@@ -32,7 +39,9 @@ def main(
     cases: Annotated[Path, typer.Option(help="JSON array of cases.")],
     out: Annotated[Path, typer.Option(help="Measurement file (JSON lines), appended to.")],
     timeout: Annotated[float, typer.Option(help="Seconds a case may take.")] = 120.0,
-    limit_seconds: Annotated[float | None, typer.Option(help="Begin no case after this many seconds.")] = None,
+    limit_seconds: Annotated[
+        float | None, typer.Option(help="Begin no case after this many seconds.")
+    ] = None,
     snapshot: Annotated[bool, typer.Option(help="Trace every case, whatever it says.")] = False,
     trace_dir: Annotated[Path | None, typer.Option(help="Where traces go; OUT.traces unless told.")] = None,
     stacks: Annotated[str, typer.Option(help="Stacks of a trace: all (with C++) or python.")] = "all",
@@ -51,7 +60,9 @@ def main(
     todo = [c.model_copy(update={"snapshot": True}) if snapshot else c for c in wanted if c.id not in done]
     traces = trace_dir or out.with_name(out.name + ".traces")
     try:
-        complete = measure(todo, out, traces, timeout, limit_seconds, device=device, stacks=stacks, spawn=spawn)
+        complete = measure(
+            todo, out, traces, timeout, limit_seconds, device=device, stacks=stacks, spawn=spawn
+        )
     except KeyboardInterrupt:
         print(f"interrupted; finished runs are in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -75,7 +86,9 @@ def measure(
 
         opened = preload(cases)
         if opened is not None:
-            _console.print(f"importing {opened} opened CUDA: starting an interpreter a case instead of forking")
+            _console.print(
+                f"importing {opened} opened CUDA: starting an interpreter a case instead of forking"
+            )
             one = partial(run_spawned, trace_dir=trace_dir, timeout=timeout, device=device, stacks=stacks)
         else:
             runner = partial(_run_here, trace_dir=trace_dir, device=device, stacks=stacks)
@@ -87,7 +100,9 @@ def measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     # No refresh thread: a process that forks had better have none.
-    with Progress(*columns, console=_console, auto_refresh=False, disable=not _console.is_terminal) as progress:
+    with Progress(
+        *columns, console=_console, auto_refresh=False, disable=not _console.is_terminal
+    ) as progress:
         task = progress.add_task("measuring", total=len(cases))
 
         def keep(record: Record) -> None:
@@ -125,7 +140,9 @@ def print_table(records: tuple[Record, ...]) -> None:
     """A row a run, on stdout, in GiB."""
     table = Table(box=None, pad_edge=False)
     for name in ("id", "status", "allocated", "reserved", "process", "peak phase", "s/step", "s"):
-        table.add_column(name, justify="left" if name in ("id", "status", "peak phase") else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in ("id", "status", "peak phase") else "right", no_wrap=True
+        )
     for record in records:
         table.add_row(
             record.case.id, record.status, _gib(record.peak_allocated_bytes), _gib(record.peak_reserved_bytes),

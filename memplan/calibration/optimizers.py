@@ -35,6 +35,7 @@ _BNB: dict[str, tuple[str, dict[str, Any]]] = {
     "ademamix": ("AdEMAMix", {"optim_bits": 32}),
     "ademamix_8bit": ("AdEMAMix", {"optim_bits": 8}),
 }
+NOT_HUGGING_FACE = ("adamw_torch_forloop", "sgd_momentum")
 NAMES = tuple(sorted((*_TORCH, *_BNB, "adafactor")))
 
 
@@ -46,8 +47,8 @@ def make_optimizer(name: str, parameters: Iterable[Any]) -> Any:
     """
     trained = list(parameters)
     if name in _TORCH:
-        cls, options = _TORCH[name]
-        return getattr(torch.optim, cls)(trained, lr=_LR, **options)
+        cls, options = torch_optimizer(name)
+        return cls(trained, lr=_LR, **options)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -55,9 +56,15 @@ def make_optimizer(name: str, parameters: Iterable[Any]) -> Any:
     if name in _BNB:
         import bitsandbytes as bnb
 
-        cls, options = _BNB[name]
-        return getattr(bnb.optim, cls)(trained, lr=_LR, **options)
+        name_of_class, options = _BNB[name]
+        return getattr(bnb.optim, name_of_class)(trained, lr=_LR, **options)
     raise UnknownNameError("optimizer", name, NAMES)
+
+
+def torch_optimizer(name: str) -> tuple[Any, dict[str, Any]]:
+    """Class and options of one of torch's own optimizers."""
+    name_of_class, options = _TORCH[name]
+    return getattr(torch.optim, name_of_class), options
 
 
 def state_bytes(optimizer: Any, device: torch.device) -> int:

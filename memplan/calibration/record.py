@@ -181,7 +181,9 @@ def read_records(path: str | Path) -> RecordFile:
                 records.append(_record(row))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             hints = ["a measurement file is JSON lines, as `memplan calibrate` writes them"]
-            raise MemplanError(f"`{path}` line {number} is not a record: {_brief(error)}", hints=hints) from error
+            raise MemplanError(
+                f"`{path}` line {number} is not a record: {_brief(error)}", hints=hints
+            ) from error
     return RecordFile(environment=environment, records=tuple(records))
 
 

@@ -53,7 +53,9 @@ class _Run:
         )
 
 
-def run_case(case: Case, *, device: str = "cuda", trace_path: Path | None = None, stacks: str = "all") -> Record:
+def run_case(
+    case: Case, *, device: str = "cuda", trace_path: Path | None = None, stacks: str = "all"
+) -> Record:
     """Measure `case`. Running out of memory, or an error of the libraries, is a record too, never an exception."""
     where = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     run = _Run(case, Meter(where))
@@ -126,7 +128,9 @@ def _train(case: Case, config: Any, model: Any, meter: Meter, ready: Any, around
     if config.stack == "torch":
         from memplan.calibration.adapters import prepare
         from memplan.calibration.loop import train
+        from memplan.calibration.losses import patch_loss
 
+        patch_loss(model, config)
         model = prepare(model, config)
         ready(model)
         return train(model, config, meter, num_steps=case.num_steps, around_step=around_step)
