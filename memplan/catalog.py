@@ -1,7 +1,7 @@
 """Models by name: the bundled `model_specs/*.json`, a user's config, or a repository of the Hugging Face Hub.
 
-A bundled spec is a Hugging Face config plus `name`, `aliases`, `source`, `num_parameters`, `hf_repo` and `notes`.
-Its file is named after it, so one name costs one small file; the others are read only when a name is not found so.
+A bundled spec is a Hugging Face config plus `name`, `aliases`, `source`, `num_parameters`, `hf_repo` and
+`notes`. Its file is named after it, so one name costs one small file; the others are read only for an alias.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import InvalidSpecError, MemplanError, UnknownNameError
-from memplan.hf_config import read_config
+from memplan.hf_config import MAX_FILE_BYTES, read_config
 from memplan.model_spec import ModelSpec
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -37,9 +37,9 @@ def names() -> tuple[str, ...]:
 
 
 def load(name_or_path: str | Path) -> ModelSpec:
-    """The spec behind a bundled name or alias, the path of a `config.json` or of a folder with one, or a Hub id.
+    """The spec behind a bundled name or alias, the path of a `config.json` or its folder, or a Hub id.
 
-    Names are matched whatever their case and separators. A folder that holds only an adapter means its base model.
+    Names are matched whatever their case and separators. A folder with only an adapter means its base model.
 
     Raises:
         UnknownNameError: nothing of that name; the nearest bundled names are in the hints.
@@ -98,54 +98,53 @@ def _index() -> dict[str, str]:
 def nearest(text: str) -> str | None:
     """The bundled name that looks most like `text`, or None."""
     tail = _key(text.rpartition("/")[2])
-    near = difflib.get_close_matches(tail, [key for key in _index() if "/" not in key], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(tail, [key for key in _index() if "/" not in key], n=1, cutoff=0.6)
     return _index()[near[0]] if near else None
 
 
 def _from_hub(repo: str) -> ModelSpec:
+    """The spec of a repository on the Hub: its `config.json`, from the local cache or else downloaded.
+
+    `huggingface_hub` itself honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+    """
     near = nearest(repo)
     hints = (
         [f"`{near}` is bundled and needs no download"]
         if near
-        else ["`memplan models` lists the bundled models"]
+        else ["`memplan models` lists the bundled ones"]
     )
     hints.append("or give the path of its `config.json`")
     try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-        )
+        import httpx  # what huggingface_hub asks with
+        from huggingface_hub import errors as hub
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     except ImportError:
         raise MemplanError(
             f"`{repo}` is not bundled, and reading the Hugging Face Hub needs the package `huggingface-hub`",
             hints=["pip install 'memplan[hub]'", *hints],
         ) from None
+
     try:
         path = try_to_load_from_cache(repo, "config.json")
         if not isinstance(path, str):
+            # Asked once, without the download's minute of retries, so that no network is said at once.
+            found = get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_HUB_TIMEOUT_S)
+            if (found.size or 0) > MAX_FILE_BYTES:
+                raise InvalidSpecError(
+                    f"`{repo}`: its `config.json` has {found.size} bytes, too many for one"
+                )
             path = hf_hub_download(repo, "config.json", etag_timeout=_HUB_TIMEOUT_S)
-    except GatedRepoError:
-        raise MemplanError(
-            f"`{repo}` is gated: its owner has to grant access", hints=["log in with `hf auth login`", *hints]
-        ) from None
-    except RepositoryNotFoundError:
+    except hub.GatedRepoError:
+        hints.insert(0, "ask for access on its page, then log in with `hf auth login`")
+        raise MemplanError(f"`{repo}` is gated: its owner grants access one by one", hints=hints) from None
+    except (hub.RepositoryNotFoundError, hub.HFValidationError):
         raise UnknownNameError("model", repo, names(), listed_by="memplan models") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise MemplanError(
-            f"`{repo}` is not bundled, and the Hugging Face Hub is out of reach", hints=hints
-        ) from None
-    except EntryNotFoundError:
+    except hub.RemoteEntryNotFoundError:
         raise InvalidSpecError(f"`{repo}` holds no `config.json`", hints=hints) from None
-    except HFValidationError:
-        raise UnknownNameError("model", repo, names(), listed_by="memplan models") from None
-    except OSError as error:
+    except (hub.OfflineModeIsEnabled, hub.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MemplanError(
-            f"`{repo}` could not be read from the Hugging Face Hub: {error}", hints=hints
+            f"`{repo}` is not bundled, and the Hugging Face Hub cannot be reached: {reason}", hints=hints
         ) from None
     spec = ModelSpec.from_hf_config(path)
     return spec.model_copy(update={"name": repo, "hf_repo": repo, "source": f"config.json of {repo}"})

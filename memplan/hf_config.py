@@ -1,7 +1,7 @@
 """From a Hugging Face `config.json` to ModelSpec's fields.
 
-A missing key takes the default of the transformers 5.17 config class (`data/hf_defaults.json`, compared with the
-installed classes by a test), so a partial dict means what `AutoConfig.for_model(**dict)` means.
+A missing key takes the default of the transformers 5.17 config class (`data/hf_defaults.json`, compared with
+the installed classes by a test), so a partial dict means what `AutoConfig.for_model(**dict)` means.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _PLAIN = (
     "attention_out_bias", "mlp_bias", "qk_norm", "norm_affine", "attention_dropout", "hidden_dropout",
     "embedding_dropout", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "alibi",
     "parallel_residual", "new_decoder_architecture", "multi_query", "num_ln_in_parallel_attn",
-    "do_layer_norm_before", "word_embed_proj_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "num_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "decoder_sparse_step",
+    "do_layer_norm_before", "word_embed_proj_dim", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "decoder_sparse_step",
     "mlp_only_layers", "n_group", "topk_group", "topk_method", "norm_topk_prob", "output_router_logits",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
@@ -41,14 +41,14 @@ _CATALOGUE: dict[str, type] = {
 # Keys that make transformers build or compute something memplan has no part for.
 _NOT_MODELLED = {
     "add_cross_attention": "cross-attention is left out",
-    "reorder_and_upcast_attn": "fp32 attention (`reorder_and_upcast_attn`) is estimated as ordinary attention",
+    "reorder_and_upcast_attn": "attention in fp32 (`reorder_and_upcast_attn`) is estimated as ordinary",
     "use_bidirectional_attention": "bidirectional attention is estimated as causal",
     "apply_residual_connection_post_layernorm": "the residual is taken before the norm, not after it",
 }
 
 
 def read_config(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
-    """The JSON object of `config` (a dict, a file, or a folder with a `config.json`) and a name for it in messages.
+    """The JSON object of `config` (a dict, a file, or a folder with a `config.json`), and its name in messages.
 
     Raises:
         InvalidSpecError: nothing there, too large, or not one JSON object of finite numbers.
@@ -106,7 +106,8 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """ModelSpec's fields, from a config as its file has it.
 
     Raises:
-        InvalidSpecError, UnknownNameError: no `model_type`, or one that memplan does not know; a key of the wrong kind.
+        UnknownNameError: a `model_type` that memplan does not know.
+        InvalidSpecError: no `model_type`, or a key of the wrong kind.
     """
     text, notes = _text_model(raw)
     named = text.get("model_type")

@@ -1,7 +1,7 @@
 """Each Hugging Face family: how its config spells a field, and what its modeling code fixes with no key.
 
-Read from transformers 5.17, `models/<model_type>/configuration_*.py` and `modeling_*.py`. A test builds every family
-at toy size and compares the biases, norms and shapes told here with the modules that are really there.
+Read from transformers 5.17, `models/<model_type>/configuration_*.py` and `modeling_*.py`. A test builds every
+family at toy size and compares the biases and norms told here with the modules that are really there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Family:
     derives_head_dim: bool = False
     """`head_dim` is always hidden_size / num_attention_heads; a `head_dim` key has no effect."""
     rotary_factor: float | None = None
-    """Part of each head that is rotated when the config does not say; None where partial rotation is not built."""
+    """Part of each head that is rotated when the config does not say; None where the model rotates all."""
     rotary_factor_keys: tuple[str, ...] = ("partial_rotary_factor",)
 
 
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
         fixed=_BIASED | {"hidden_act": "gelu", "alibi": True, "max_position_embeddings": None},
         derives_head_dim=True,
     ),
-    # `no_bias`, `expansion_ratio`, `resid_pdrop`, `emb_pdrop` and `attn_config.alibi` have no effect on the built model.
+    # `no_bias`, `expansion_ratio`, `resid_pdrop`, `emb_pdrop` and `attn_config.alibi` have no effect on the model.
     "mpt": Family(
         keys={
             "hidden_size": "d_model",

@@ -265,8 +265,8 @@ class ModelSpec(BaseModel):
     def from_hf_config(cls, config: Mapping[str, Any] | str | Path) -> Self:
         """The spec that a Hugging Face `config.json` describes: a dict, a file, or a folder that holds one.
 
-        A key that is missing takes the default of the transformers 5.17 config class of that `model_type`, and
-        an old key name means what that class (or the repository's own code before it) takes it to mean.
+        A key that is missing takes the default of the transformers 5.17 config class of that `model_type`,
+        and an old key name means what that class (or the repository's own code before it) takes it to mean.
 
         Raises:
             InvalidSpecError: not a readable JSON object, a family memplan does not know, or sizes that are

@@ -1,0 +1,29 @@
+"""Families of models: one class each, one row each."""
+
+from __future__ import annotations
+
+from memplan.architectures.decoder import Decoder
+from memplan.architectures.llama import Llama
+from memplan.errors import UnknownNameError
+from memplan.model_spec import ModelSpec
+from memplan.train_config import TrainConfig
+
+FAMILIES: dict[str, type[Decoder]] = {
+    "llama": Llama,
+    "mistral": Llama,
+    "qwen2": Llama,
+    "qwen3": Llama,
+}
+"""Family of each `model_type`."""
+
+
+def decoder_for(spec: ModelSpec, config: TrainConfig) -> Decoder:
+    """The architecture of `spec` for the run `config`.
+
+    Raises:
+        UnknownNameError: a `model_type` that has no family yet.
+    """
+    family = FAMILIES.get(spec.model_type)
+    if family is None:
+        raise UnknownNameError("model_type", spec.model_type, FAMILIES)
+    return family(spec, config)

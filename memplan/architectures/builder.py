@@ -1,0 +1,146 @@
+"""Makes the layers of a model as the run has them: plain, quantised, with an adapter, frozen or trained.
+
+A family says `build.linear("self_attn.q_proj", h, d)`; the builder decides what stands there and keeps the list of
+weights, in the order in which the model registers them, for loading, the optimizer and the counts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field
+from math import prod
+
+from memplan.dtypes import DType
+from memplan.model_spec import ModelSpec
+from memplan.ops.linear import Linear
+from memplan.ops.lora import LoraLinear
+from memplan.ops.norm import LayerNorm, OffsetRMSNorm, RMSNorm
+from memplan.ops.quantized import Linear4bit, storage_bytes_4bit
+from memplan.ops.tensor import Machine, Parameter, Shape, round_block
+from memplan.train_config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight as it lies on the device."""
+
+    name: str
+    shape: Shape
+    dtype: DType
+    trains: bool
+    kind: str
+    """`weights` or `adapters`."""
+    stored: tuple[int, ...] = ()
+    """Bytes of each tensor of a quantised weight; empty for a plain one."""
+    loaded_dtype: DType | None = None
+    """dtype in which it is loaded, if it is cast afterwards."""
+    buffer: bool = False
+    """Not a parameter (rotary frequencies)."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on the device, in whole blocks."""
+        if self.stored:
+            return sum(round_block(n) for n in self.stored)
+        return round_block(self.numel * self.dtype.itemsize)
+
+
+@dataclass
+class Builder:
+    """Builds on one machine for one model and one run."""
+
+    spec: ModelSpec
+    config: TrainConfig
+    machine: Machine
+    weights: list[Weight] = field(default_factory=list)
+    parameters: list[Parameter] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> DType:
+        return DType[self.config.weight_dtype]
+
+    @property
+    def frozen_dtype(self) -> DType:
+        """dtype of what stays unquantised: fp32 after prepare_model_for_kbit_training (peft/utils/other.py)."""
+        return DType.fp32 if self.config.method == "qlora" and self.config.kbit_prep else self.dtype
+
+    def is_target(self, name: str) -> bool:
+        """Whether PEFT puts an adapter on the linear layer `name` (tuners/tuners_utils.py `check_target_module_exists`)."""
+        targets = self.config.target_modules
+        if not self.config.trains_adapters:
+            return False
+        if targets == "all-linear":
+            return not name.startswith("lm_head")
+        return any(name == t or name.endswith("." + t) or fnmatch.fnmatch(name, t) for t in targets)
+
+    def parameter(self, name: str, shape: Shape, *, kind: str = "weights", dtype: DType | None = None) -> Parameter:
+        """A weight that is not quantised."""
+        trains = kind == "adapters" or self.config.method == "full"
+        dtype = dtype or self.frozen_dtype
+        loaded = self.dtype if kind == "weights" and dtype is not self.dtype else None
+        self.weights.append(Weight(name, shape, dtype, trains, kind, loaded_dtype=loaded))
+        made = Parameter(self.machine, name, shape, dtype, trains=trains)
+        if trains:
+            self.parameters.append(made)
+        return made
+
+    def tied_embedding(self) -> Parameter:
+        """The token embedding once more, as the output head: the same weight, so not loaded again."""
+        spec = self.spec
+        made = Parameter(
+            self.machine,
+            "model.embed_tokens.weight",
+            (spec.vocab_size, spec.hidden_size),
+            self.frozen_dtype,
+            trains=self.config.method == "full",
+        )
+        if made.requires_grad:
+            self.parameters.append(made)
+        return made
+
+    def linear(
+        self, name: str, in_features: int, out_features: int, *, bias: bool = False, quantise: bool = True
+    ) -> Linear | Linear4bit | LoraLinear:
+        base: Linear | Linear4bit
+        if self.config.method == "qlora" and quantise:
+            stored = storage_bytes_4bit(in_features * out_features, double_quant=self.config.double_quant)
+            self.weights.append(
+                Weight(f"{name}.weight", (out_features, in_features), self.dtype, False, "weights", tuple(stored))
+            )
+            base = Linear4bit(in_features, out_features, self.config.double_quant, bias=self._bias(name, out_features, bias))
+        else:
+            weight = self.parameter(f"{name}.weight", (out_features, in_features))
+            base = Linear(in_features, out_features, weight, self._bias(name, out_features, bias))
+        if not self.is_target(name):
+            return base
+        return self._adapted(name, base, in_features, out_features)
+
+    def _bias(self, name: str, width: int, wanted: bool) -> Parameter | None:
+        return self.parameter(f"{name}.bias", (width,)) if wanted else None
+
+    def _adapted(self, name: str, base: Linear | Linear4bit, in_features: int, out_features: int) -> LoraLinear:
+        rank, dtype = self.config.rank, DType[self.config.adapter_dtype]
+        assert rank is not None
+        down = self.parameter(f"{name}.lora_A.weight", (rank, in_features), kind="adapters", dtype=dtype)
+        up = self.parameter(f"{name}.lora_B.weight", (out_features, rank), kind="adapters", dtype=dtype)
+        return LoraLinear(
+            base, Linear(in_features, rank, down), Linear(rank, out_features, up), self.config.lora_dropout
+        )
+
+    def rms_norm(self, name: str, width: int) -> RMSNorm:
+        return RMSNorm(self.parameter(f"{name}.weight", (width,)))
+
+    def offset_rms_norm(self, name: str, width: int) -> OffsetRMSNorm:
+        return OffsetRMSNorm(self.parameter(f"{name}.weight", (width,)))
+
+    def layer_norm(self, name: str, width: int, *, bias: bool = True, affine: bool = True) -> LayerNorm:
+        weight = self.parameter(f"{name}.weight", (width,)) if affine else None
+        return LayerNorm(weight, self.parameter(f"{name}.bias", (width,)) if affine and bias else None)
+
+    def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
+        """A tensor that the model keeps on the device and that is no parameter."""
+        self.weights.append(Weight(name, shape, dtype, False, "weights", buffer=True))

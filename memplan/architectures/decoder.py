@@ -1,0 +1,153 @@
+"""What every decoder has: embedding, a stack of layers, a final norm and a head; and what the layers share.
+
+A family is a `Decoder` subclass: it says how its pieces are built and run, in the words of its
+transformers module. Everything about methods, dtypes, checkpointing and optimizers is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+from memplan.architectures.builder import Builder
+from memplan.dtypes import DType
+from memplan.model_spec import ModelSpec
+from memplan.ops.activations import ACTIVATIONS
+from memplan.ops.attention import eager, sdpa, split_heads
+from memplan.ops.embedding import Embedding, embedding
+from memplan.ops.linear import Linear
+from memplan.ops.lora import LoraLinear
+from memplan.ops.quantized import Linear4bit
+from memplan.ops.rotary import apply_partial_rotary, apply_rotary
+from memplan.ops.tensor import Machine, Shape, Storage, Tensor
+from memplan.train_config import TrainConfig
+
+AnyLinear = Linear | Linear4bit | LoraLinear
+Layer = Callable[[Tensor], Tensor]
+Norm = Callable[[Tensor], Tensor]
+Attention = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Shared:
+    """What the model computes once and every layer reads: rotary tables and the attention mask."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, slot: int | None = None) -> Self:
+        """The shared tensors of a run whose hidden states are of `dtype`; with `slot` EXTERNAL as stand-ins."""
+        batch, tokens = decoder.batch
+
+        def make(shape: Shape, dtype: DType) -> Tensor:
+            size = prod(shape) * dtype.itemsize
+            return Tensor(Storage(machine, size, slot=slot), shape, dtype)
+
+        shared = cls()
+        width = decoder.rotary_dim()
+        if width is not None:
+            shape = (1, 1, tokens, width)
+            shared.cos, shared.sin = make(shape, dtype), make(shape, dtype)
+        if decoder.config.attention == "eager":
+            # masking_utils.py `eager_mask`: always there, additive
+            shared.mask = make((batch if decoder.config.padding else 1, 1, tokens, tokens), dtype)
+        elif decoder.config.padding:
+            shared.mask = make((batch, 1, tokens, tokens), DType.bool8)
+        return shared
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.cos, self.sin, self.mask) if t is not None]
+
+
+class Decoder:
+    """One model for one run. `spec` and `config` say all; a builder says on which machine."""
+
+    layer_prefix = "model.layers"
+
+    def __init__(self, spec: ModelSpec, config: TrainConfig) -> None:
+        self.spec = spec
+        self.config = config
+
+    # What a family may change
+
+    def layer_kind(self, index: int) -> str:
+        """Layers of the same kind take the same memory; the kind is passed to `layer`."""
+        return "layer"
+
+    def embed(self, build: Builder) -> Tensor:
+        """Token embeddings as the first layer gets them, [B, S, hidden]."""
+        return self.embed_tokens(build)
+
+    def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
+        raise NotImplementedError
+
+    def final_norm(self, build: Builder) -> Norm:
+        return build.rms_norm("model.norm", self.spec.hidden_size)
+
+    def after_head(self, logits: Tensor) -> Tensor:
+        """What the model does to the logits (scaling, soft caps)."""
+        return logits
+
+    def buffers(self, build: Builder) -> None:
+        """Tensors on the device that are no parameters: rotary frequencies and the copy kept of them."""
+        width = self.rotary_dim()
+        if width is not None:
+            build.buffer("model.rotary_emb.inv_freq", (width // 2,), DType.fp32)
+            build.buffer("model.rotary_emb.original_inv_freq", (width // 2,), DType.fp32)
+
+    def rotary_dim(self) -> int | None:
+        """Width of the rotary tables; None for a model without."""
+        return self.spec.rotary_dim or self.spec.head_dim
+
+    # What all share
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        return self.config.micro_batch_size, self.config.seq_len
+
+    def embed_tokens(self, build: Builder, name: str = "model.embed_tokens") -> Tensor:
+        weight = build.parameter(f"{name}.weight", (self.spec.vocab_size, self.spec.hidden_size))
+        return embedding(Embedding(weight), self.batch)
+
+    def head(self, build: Builder) -> Callable[[Tensor], Tensor]:
+        spec = self.spec
+        if spec.tie_word_embeddings:
+            weight = build.tied_embedding()
+            return Linear(spec.hidden_size, spec.vocab_size, weight)
+        return build.linear(
+            "lm_head", spec.hidden_size, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
+        )
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, shared: Shared, *, p: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function that the run asks for: [B, S, N, H], and eager's probabilities."""
+        groups = q.shape[1] // k.shape[1]
+        p = self.spec.attention_dropout if p is None else p
+        function = eager if self.config.attention == "eager" else sdpa
+        return function(q, k, v, mask=shared.mask, num_groups=groups, p=p)
+
+    def heads(self, x: Tensor, num_heads: int, *, rotated: bool = False) -> Tensor:
+        """A projection seen by heads; see `split_heads` for when its gradient is copied."""
+        return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=rotated)
+
+    def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        assert shared.cos is not None and shared.sin is not None
+        width = shared.cos.shape[-1]
+        if width == q.shape[-1]:
+            return apply_rotary(q, k, shared.cos, shared.sin)
+        return (
+            apply_partial_rotary(q, shared.cos, shared.sin, width),
+            apply_partial_rotary(k, shared.cos, shared.sin, width),
+        )
+
+    def activation(self, name: str | None = None) -> Callable[[Tensor], Tensor]:
+        return ACTIVATIONS[name or self.spec.hidden_act]
+
+    def shared_dtype(self, hidden: DType) -> DType:
+        """dtype of the rotary tables: that of the hidden states."""
+        return hidden

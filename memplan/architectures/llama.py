@@ -1,0 +1,73 @@
+"""llama, mistral, qwen2, qwen3, smollm3: RMSNorm, rotary attention with grouped keys, gated MLP.
+
+Source: transformers 5.17 models/llama/modeling_llama.py; qwen2 adds q/k/v biases, qwen3 norms q and k by head.
+"""
+
+from __future__ import annotations
+
+from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Attention, Decoder, Layer, Shared
+from memplan.ops.pointwise import add, mul
+from memplan.ops.tensor import Tensor
+
+
+class Llama(Decoder):
+    def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
+        attention = self.self_attention(build, shared)
+        mlp = self.gated_mlp(build)
+        norm = build.rms_norm("input_layernorm", self.spec.hidden_size)
+        post_norm = build.rms_norm("post_attention_layernorm", self.spec.hidden_size)
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            residual = hidden_states
+            hidden_states = norm(hidden_states)
+            hidden_states, _ = attention(hidden_states)
+            hidden_states = add(residual, hidden_states)
+            residual = hidden_states
+            hidden_states = post_norm(hidden_states)
+            hidden_states = mlp(hidden_states)
+            hidden_states = add(residual, hidden_states)
+            return hidden_states  # noqa: RET504  the old one dies before the residual, as in the module
+
+        return forward
+
+    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
+        spec = self.spec
+        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+        kv_width = spec.num_key_value_heads * spec.head_dim
+        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
+        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
+        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
+        o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
+        q_norm = build.rms_norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None
+        k_norm = build.rms_norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            q = self.heads(q_proj(x), spec.num_attention_heads, rotated=q_norm is None and rope)
+            if q_norm is not None:
+                q = q_norm(q)
+            k = self.heads(k_proj(x), spec.num_key_value_heads, rotated=k_norm is None and rope)
+            if k_norm is not None:
+                k = k_norm(k)
+            v = self.heads(v_proj(x), spec.num_key_value_heads)
+            if rope:
+                q, k = self.rotate(q, k, shared)
+            output, attn_weights = self.attention(q, k, v, shared)
+            output = output.view(*x.shape[:-1], width)
+            output = o_proj(output)
+            return output, attn_weights
+
+        return forward
+
+    def gated_mlp(self, build: Builder, intermediate_size: int | None = None, prefix: str = "mlp") -> Layer:
+        spec = self.spec
+        hidden, width = spec.hidden_size, intermediate_size or spec.intermediate_size
+        gate_proj = build.linear(f"{prefix}.gate_proj", hidden, width, bias=spec.mlp_bias)
+        up_proj = build.linear(f"{prefix}.up_proj", hidden, width, bias=spec.mlp_bias)
+        down_proj = build.linear(f"{prefix}.down_proj", width, hidden, bias=spec.mlp_bias)
+        activation = self.activation()
+
+        def forward(x: Tensor) -> Tensor:
+            return down_proj(mul(activation(gate_proj(x)), up_proj(x)))
+
+        return forward

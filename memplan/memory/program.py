@@ -1,0 +1,213 @@
+"""Composes the recorded pieces into a run: load, then steps of forward, backward, clip, optimizer, zero_grad.
+
+A program is a list of plays. A play runs a tape over a frame: the list of blocks of one layer in one micro-step.
+Hidden states and gradients cross from frame to frame by links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from memplan.architectures.builder import Weight
+from memplan.architectures.decoder import Decoder
+from memplan.memory.loading import load_tape
+from memplan.memory.optimizers import OPTIMIZERS, Param
+from memplan.memory.record import Head, Stream, record_embedding, record_head, record_layer
+from memplan.memory.segment import PORT_DY, PORT_X, Segment
+from memplan.ops.tensor import Tape, round_block
+
+Link = tuple[int, int, int, int]
+"""(to frame, to slot, from frame, from slot)"""
+
+
+@dataclass(slots=True)
+class Play:
+    phase: str
+    step: int
+    frame: int
+    tape: Tape
+    links: tuple[Link, ...] = ()
+
+
+@dataclass
+class Frame:
+    """Slots of one piece in one micro-step, and what they are."""
+
+    num_slots: int
+    kinds: list[str]
+    sizes: dict[int, int]
+
+
+@dataclass
+class Program:
+    plays: list[Play] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+
+    def frame(self, kinds: list[str], sizes: dict[int, int]) -> int:
+        self.frames.append(Frame(len(kinds), kinds, sizes))
+        return len(self.frames) - 1
+
+    def frame_of(self, segment: Segment) -> int:
+        return self.frame(segment.kinds, segment.sizes)
+
+    def frame_for(self, tape: Tape, kind: str) -> int:
+        """A frame for a tape that stands alone and whose slots are all of one kind."""
+        num_slots = max((slot for slot, _ in tape), default=-1) + 1
+        return self.frame([kind] * num_slots, {slot: size for slot, size in tape if size})
+
+    def play(self, phase: str, step: int, frame: int, tape: Tape, links: Iterable[Link] = ()) -> None:
+        if tape or links:
+            self.plays.append(Play(phase, step, frame, tape, tuple(links)))
+
+
+@dataclass
+class Pieces:
+    """The recordings of one kind of micro-step."""
+
+    embedding: Segment
+    shared_slots: list[int]
+    layers: list[Segment]
+    head: Head
+
+
+class Composer:
+    """Builds the program of one run."""
+
+    def __init__(self, decoder: Decoder, *, workspace_bytes: int, num_steps: int = 2) -> None:
+        self.decoder = decoder
+        self.config = decoder.config
+        self.workspace_bytes = workspace_bytes
+        self.num_steps = num_steps
+        self.program = Program()
+        self.leaf_embeddings = self.config.trains_adapters and self.config.gradient_checkpointing
+
+    def compose(self) -> Program:
+        first = self.record(accumulating=False)
+        again = self.record(accumulating=True) if self.config.gradient_accumulation_steps > 1 else first
+        self._load(first)
+        optimizer = None
+        for step in range(self.num_steps):
+            gradients: list[tuple[int, list[tuple[str, int]]]] = []
+            for micro in range(self.config.gradient_accumulation_steps):
+                made = self._micro_step(step, again if micro else first, is_first=step == 0 and micro == 0)
+                if micro == 0:
+                    gradients = made
+            optimizer = self._update(step, first, gradients, optimizer)
+        return self.program
+
+    def record(self, *, accumulating: bool) -> Pieces:
+        decoder, spec = self.decoder, self.decoder.spec
+        embedding, shared_slots = record_embedding(decoder, accumulating=accumulating)
+        stream = Stream(*embedding.out, embedding.out_requires_grad or self.leaf_embeddings)
+        made: dict[tuple[str, Stream, bool], Segment] = {}
+        layers = []
+        for index in range(spec.num_hidden_layers):
+            key = decoder.layer_kind(index), stream, index == 0
+            if key not in made:
+                made[key] = record_layer(decoder, key[0], stream, keeps_x=index == 0, accumulating=accumulating)
+            layers.append(made[key])
+            stream = Stream(*made[key].out, made[key].out_requires_grad)
+        return Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
+
+    def all_weights(self, pieces: Pieces) -> list[Weight]:
+        weights = list(pieces.embedding.weights)
+        for index, layer in enumerate(pieces.layers):
+            prefix = f"{self.decoder.layer_prefix}.{index}."
+            weights += [
+                Weight(prefix + w.name, w.shape, w.dtype, w.trains, w.kind, w.stored, w.loaded_dtype, w.buffer)
+                for w in layer.weights
+            ]
+        return weights + pieces.head.segment.weights
+
+    def _load(self, pieces: Pieces) -> None:
+        program = self.program
+        program.weights = self.all_weights(pieces)
+        tape, kinds = load_tape(program.weights, self.config)
+        frame = program.frame(kinds, {slot: size for slot, size in tape if size})
+        program.play("load", 0, frame, tape)
+        ids = round_block(self.config.tokens_per_micro_batch * 8)
+        program.play("load", 0, program.frame(["inputs"] * 2, {0: ids, 1: ids}), [(0, ids), (1, ids)])
+
+    def _workspace(self, phase: str) -> None:
+        if self.workspace_bytes:
+            tape = [(0, self.workspace_bytes)]
+            self.program.play(phase, 0, self.program.frame_for(tape, "workspaces"), tape)
+
+    def _micro_step(self, step: int, pieces: Pieces, *, is_first: bool) -> list[tuple[int, list[tuple[str, int]]]]:
+        program = self.program
+        embedding, layers, head = pieces.embedding, pieces.layers, pieces.head
+        e = program.frame_of(embedding)
+        program.play("forward", step, e, embedding.forward)
+        if is_first:
+            self._workspace("forward")
+        before, slot = e, embedding.out_slot
+        frames = []
+        for layer in layers:
+            f = program.frame_of(layer)
+            program.play("forward", step, f, layer.forward, [(f, PORT_X, before, slot)])
+            frames.append(f)
+            before, slot = f, layer.out_slot
+        h = program.frame_of(head.segment)
+        program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)])
+        # The model's forward returns: its locals go.
+        keeps_shared = any(layer.keeps_shared for layer in layers)
+        frees_shared: Tape = [(s, 0) for s in pieces.shared_slots]
+        if not keeps_shared:
+            program.play("forward", step, e, frees_shared)
+        if layers[0].x_dies == "model" and not self.leaf_embeddings:
+            program.play("forward", step, e, [(embedding.out_slot, 0)])
+        program.play("loss", step, h, head.loss)
+        # The autocast block is left: its weight copies go, those that the graph does not keep.
+        program.play("loss", step, e, embedding.after_forward)
+        for f, layer in zip(frames, layers, strict=True):
+            program.play("loss", step, f, layer.after_forward)
+        program.play("loss", step, h, head.segment.after_forward)
+
+        if is_first:
+            self._workspace("backward")
+        program.play("backward", step, h, head.segment.backward)
+        before, slot = h, head.segment.dx_slot
+        for f, layer in zip(reversed(frames), reversed(layers), strict=True):
+            if slot < 0:
+                break
+            tape = layer.backward
+            if f == frames[0] and self.leaf_embeddings:
+                tape = [event for event in tape if event != (PORT_X, 0)]
+            program.play("backward", step, f, tape, [(f, PORT_DY, before, slot)])
+            before, slot = f, layer.dx_slot
+        if keeps_shared:
+            program.play("backward", step, e, frees_shared)
+        if slot >= 0 and not self.leaf_embeddings:
+            program.play("backward", step, e, embedding.backward, [(e, PORT_DY, before, slot)])
+        # The loop lets go of the loss, and with it of the graph.
+        program.play("clip", step, h, [(head.segment.out_slot, 0)])
+        if self.leaf_embeddings:
+            program.play("clip", step, e, [(embedding.out_slot, 0)])
+            if slot >= 0:
+                program.play("clip", step, before, [(slot, 0)])
+        pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
+        return [(f, segment.gradients) for f, segment in pairs]
+
+    def _update(
+        self,
+        step: int,
+        pieces: Pieces,
+        gradients: list[tuple[int, list[tuple[str, int]]]],
+        frame: int | None,
+    ) -> int:
+        """Clipping, the optimizer's step and zero_grad; returns the frame of the optimizer's states."""
+        program, config = self.program, self.config
+        params = [Param(w.numel, w.shape, w.dtype) for w in program.weights if w.trains]
+        plan = OPTIMIZERS[config.optimizer].plan(params, max_grad_norm=config.max_grad_norm)
+        if config.max_grad_norm:
+            program.play("clip", step, program.frame_for(plan.clip, "temporaries"), plan.clip)
+        if frame is None:
+            frame = program.frame(plan.kinds, {slot: size for slot, size in plan.first if size})
+            program.play("optimizer", step, frame, plan.first)
+        else:
+            program.play("optimizer", step, frame, plan.later)
+        for f, slots in gradients:
+            program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])
+        return frame

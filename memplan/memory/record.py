@@ -1,0 +1,128 @@
+"""Records the pieces of a run: embedding, each kind of layer, and the head with the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Decoder, Shared
+from memplan.dtypes import DType
+from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
+from memplan.ops.autograd import run_backward
+from memplan.ops.checkpoint import checkpoint, checkpoint_reentrant
+from memplan.ops.loss import causal_lm_loss
+from memplan.ops.tensor import EXTERNAL, Shape, Tape, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Hidden states between two pieces."""
+
+    shape: Shape
+    dtype: DType
+    requires_grad: bool
+
+
+@dataclass
+class Head:
+    """The last piece: `segment.forward` is the final norm, `loss` the head and the loss after it."""
+
+    segment: Segment
+    loss: Tape
+
+
+def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, list[int]]:
+    """The embedding and what is computed beside it; also the slots of the shared tensors."""
+    config = decoder.config
+    recorder = Recorder(autocast=config.autocast)
+    m = recorder.machine
+    build = Builder(decoder.spec, config, m)
+    out = decoder.embed(build)
+    # A tied weight has its gradient from the head already.
+    if accumulating or decoder.spec.tie_word_embeddings:
+        seed_gradients(build.parameters)
+    shared = Shared.made_by(decoder, m, decoder.shared_dtype(out.dtype))
+    slots = [t.storage.slot for t in shared.tensors()]
+    forward = m.new_tape()
+    m.cast_cache.clear()
+    after = m.new_tape()
+    if out.requires_grad:
+        run_backward(out, [recorder.port_dy(out)])
+    tapes = forward, after, m.new_tape()
+    return finish("embedding", recorder, build, tapes, out=out, dx=None), slots
+
+
+def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, accumulating: bool) -> Segment:
+    """One layer of `kind`. With `keeps_x` the model holds the hidden states that come in until its forward ends."""
+    config = decoder.config
+    recorder = Recorder(autocast=config.autocast)
+    m = recorder.machine
+    build = Builder(decoder.spec, config, m)
+    stand_ins = Shared.made_by(decoder, m, decoder.shared_dtype(x_in.dtype), slot=EXTERNAL)
+    layer = decoder.layer(build, kind, stand_ins)
+    if accumulating:
+        seed_gradients(build.parameters)
+    x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
+    collector = x.node
+    if not config.gradient_checkpointing:
+        y = layer(x)
+    elif config.reentrant:
+        y = checkpoint_reentrant(layer, x)
+    else:
+        y = checkpoint(layer, x)
+    keeps_shared = config.gradient_checkpointing or any(t.storage.refs > 1 for t in stand_ins.tensors())
+    held = x if keeps_x else None
+    del x
+    forward = m.new_tape()
+    m.cast_cache.clear()
+    after = m.new_tape()
+    del held
+    dies_with_model = bool(m.new_tape())
+    if y.requires_grad:
+        run_backward(y, [recorder.port_dy(y)])
+    dx = collector.meta if collector is not None else None
+    tapes = forward, after, m.new_tape()
+    segment = finish(kind, recorder, build, tapes, out=y, dx=dx, keeps_shared=keeps_shared and y.requires_grad)
+    if dies_with_model:
+        segment.x_dies = "model"
+    return segment
+
+
+def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
+    """Final norm, output head and loss."""
+    config = decoder.config
+    recorder = Recorder(autocast=config.autocast)
+    m = recorder.machine
+    build = Builder(decoder.spec, config, m)
+    norm = decoder.final_norm(build)
+    decoder.buffers(build)
+    lm_head = decoder.head(build)
+    if accumulating:
+        seed_gradients([p for p in build.parameters if p.name != "model.embed_tokens.weight"])
+    x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
+    collector = x.node
+    hidden_states = norm(x)
+    del x
+    forward = m.new_tape()
+    with m.allocating("loss"):
+        loss = _loss(decoder, lm_head, hidden_states)
+        del hidden_states
+        loss_tape = m.new_tape()
+        m.cast_cache.clear()
+        after = m.new_tape()
+        run_backward(loss, [m.empty((), DType.fp32)])
+    dx = collector.meta if collector is not None else None
+    backward = m.new_tape()
+    # the scalar itself dies when the loop lets go of it
+    segment = finish("head", recorder, build, (forward, after, backward), out=None, dx=dx)
+    for slot, size in loss_tape:
+        if size:
+            segment.sizes[slot] = size
+    segment.out_slot = loss.storage.slot
+    return Head(segment, loss_tape)
+
+
+def _loss(decoder: Decoder, lm_head: object, hidden_states: Tensor) -> Tensor:
+    assert callable(lm_head)
+    logits = decoder.after_head(lm_head(hidden_states))
+    return causal_lm_loss(logits)

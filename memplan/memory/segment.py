@@ -1,0 +1,138 @@
+"""One piece of the model (embedding, a kind of layer, the head), recorded forward and backward on a machine of its own.
+
+Two storages cross a segment's border and have fixed slots: the hidden states that come in (`PORT_X`) and the
+gradient of those that go out (`PORT_DY`). Their bytes are allocated by a neighbour; a segment only frees them.
+Layers of one kind share one recording: the step replays it with each layer's own blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from memplan.architectures.builder import Builder, Weight
+from memplan.dtypes import DType
+from memplan.ops.autograd import Grads, Node, run_backward
+from memplan.ops.pointwise import GradList, incoming
+from memplan.ops.tensor import Machine, Parameter, Shape, Storage, Tape, Tensor
+
+PORT_X = 0
+PORT_DY = 1
+NUM_PORTS = 2
+
+
+@dataclass
+class Segment:
+    """The tapes of one piece and what the composition must know of it."""
+
+    name: str
+    forward: Tape
+    after_forward: Tape
+    """What dies when the model's forward returns: autocast's cast weights."""
+    backward: Tape
+    kinds: list[str]
+    """What each slot is for."""
+    weights: list[Weight]
+    gradients: list[tuple[str, int]]
+    """Name and slot of each trained weight's gradient, in the order of the weights."""
+    out_slot: int = -1
+    """Slot of the hidden states that go out."""
+    dx_slot: int = -1
+    """Slot of the gradient that goes to the piece before; -1 for none."""
+    out: tuple[Shape, DType] = ((), DType.fp32)
+    out_requires_grad: bool = False
+    x_dies: str = ""
+    """Where this segment lets go of what came in: "forward" or "backward"."""
+    keeps_shared: bool = False
+    """The shared tensors (rotary tables, mask) are needed until its backward is over."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Bytes of every slot, ports included."""
+
+
+class Recorder:
+    """A machine with the ports in place, for the recording of one segment."""
+
+    def __init__(self, *, autocast: bool) -> None:
+        self.machine = Machine(autocast=autocast, num_ports=NUM_PORTS)
+        self.port_sizes: dict[int, int] = {}
+
+    def port_x(self, shape: Shape, dtype: DType, *, requires_grad: bool) -> Tensor:
+        """The hidden states that come in; their gradient is collected at a node of their own."""
+        x = self._port(PORT_X, shape, dtype)
+        self.machine.kinds[PORT_X] = "activations"
+        if requires_grad:
+            x.requires_grad = True
+            x.node = Node(self.machine, _collect, [])
+            x.node.order = 2**62  # after every node of this segment
+            x.node.likes.append((shape, dtype))
+        return x
+
+    def port_dy(self, like: Tensor) -> Tensor:
+        return self._port(PORT_DY, like.shape, like.dtype)
+
+    def _port(self, slot: int, shape: Shape, dtype: DType) -> Tensor:
+        storage = Storage(self.machine, 0, slot=slot)
+        tensor = Tensor(storage, shape, dtype)
+        storage.num_bytes = tensor.numel * dtype.itemsize
+        self.port_sizes[slot] = storage.num_bytes
+        return tensor
+
+
+def _collect(node: Node, grads: GradList) -> Grads:
+    node.meta = incoming(grads).detach()
+    return ()
+
+
+def seed_gradients(parameters: list[Parameter]) -> None:
+    """Gives every parameter a gradient from an earlier micro-batch, so that backward adds to it in place."""
+    for p in parameters:
+        p.grad = Tensor(Storage(p.machine, 0, slot=-1), p.shape, p.dtype)
+
+
+def gradient_slots(parameters: list[Parameter]) -> list[tuple[str, int]]:
+    return [(p.name, p.grad.storage.slot) for p in parameters if p.grad is not None and p.grad.storage.slot >= 0]
+
+
+def finish(
+    name: str,
+    recorder: Recorder,
+    build: Builder,
+    tapes: tuple[Tape, Tape, Tape],
+    *,
+    out: Tensor | None,
+    dx: Tensor | None,
+    keeps_shared: bool = False,
+) -> Segment:
+    """Closes the recording. `out` and `dx` are still held by the caller; nothing that dies now is on a tape."""
+    machine = recorder.machine
+    machine.stop()
+    forward, after_forward, backward = tapes
+    kinds = machine.kinds
+    sizes = dict(recorder.port_sizes)
+    for tape in tapes:
+        for slot, size in tape:
+            if size:
+                sizes[slot] = size
+    for port, size in recorder.port_sizes.items():
+        sizes[port] = -(-size // 512) * 512
+    if out is not None:
+        kinds[out.storage.slot] = "activations"
+    if dx is not None and dx.storage.slot >= 0:
+        kinds[dx.storage.slot] = "temporaries"
+    freed_forward = any(slot == PORT_X and size == 0 for slot, size in forward)
+    return Segment(
+        name=name,
+        forward=forward,
+        after_forward=after_forward,
+        backward=backward,
+        kinds=kinds,
+        weights=build.weights,
+        gradients=gradient_slots(build.parameters),
+        out_slot=-1 if out is None else out.storage.slot,
+        dx_slot=-1 if dx is None else dx.storage.slot,
+        out=((), DType.fp32) if out is None else (out.shape, out.dtype),
+        out_requires_grad=out is not None and out.requires_grad,
+        x_dies="forward" if freed_forward else "backward",
+        keeps_shared=keeps_shared,
+        sizes=sizes,
+    )

@@ -1,0 +1,114 @@
+"""torch.utils.checkpoint: keep a layer's input, run its forward again when backward needs what it saved.
+
+Non-reentrant (torch 2.11 torch/utils/checkpoint.py `_checkpoint_without_reentrant_generator`): forward runs with a
+graph whose saved tensors are placeholders; the first one that backward unpacks runs the whole forward again, which
+stops as soon as the last saved tensor exists (`_StopRecomputationError`); each recomputed tensor dies with the node
+that unpacks it, the input with the last of them.
+Reentrant (`CheckpointFunction`): forward without a graph; backward runs forward with one, then a nested backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memplan.ops.autograd import Grads, Node, attach, record, run_backward
+from memplan.ops.pointwise import GradList, incoming
+from memplan.ops.tensor import Tensor
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class _StopRecomputation(Exception):
+    """All that backward needs is there."""
+
+
+class _Frame:
+    """One checkpointed call: its input, how many tensors it saved, and those that were recomputed."""
+
+    __slots__ = ("forward", "num_saved", "recomputed", "x")
+
+    def __init__(self, forward: Forward, x: Tensor) -> None:
+        self.forward = forward
+        self.x = x.view(*x.shape)
+        self.x.storage.mark("activations")
+        self.num_saved = 0
+        self.recomputed: list[Tensor | None] | None = None
+
+    def pack(self, tensor: Tensor) -> object:
+        self.num_saved += 1
+        return _Placeholder(self, self.num_saved - 1)
+
+    def pack_again(self, tensor: Tensor) -> object:
+        assert self.recomputed is not None
+        index = len(self.recomputed)
+        tensor.storage.mark("activations")
+        kept = tensor.detach()
+        self.recomputed.append(kept)
+        if index + 1 == self.num_saved:
+            raise _StopRecomputation
+        return kept.detach()
+
+    def recompute(self) -> None:
+        m = self.x.machine
+        before = m.pack, m.grad_enabled, m.cast_cache
+        self.recomputed = []
+        m.pack, m.grad_enabled, m.cast_cache = self.pack_again, True, {}
+        try:
+            self.forward(self.x)
+        except _StopRecomputation:
+            pass
+        finally:
+            m.pack, m.grad_enabled, m.cast_cache = before
+
+
+class _Placeholder:
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: _Frame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+
+    def unpack(self) -> Tensor:
+        frame = self.frame
+        if frame.recomputed is None:
+            frame.recompute()
+        assert frame.recomputed is not None
+        kept = frame.recomputed[self.index]
+        frame.recomputed[self.index] = None
+        assert kept is not None
+        return kept
+
+
+def checkpoint(forward: Forward, x: Tensor) -> Tensor:
+    """forward(x), keeping only x (use_reentrant=False)."""
+    m = x.machine
+    before = m.pack
+    m.pack = _Frame(forward, x).pack
+    try:
+        return forward(x)
+    finally:
+        m.pack = before
+
+
+def checkpoint_reentrant(forward: Forward, x: Tensor) -> Tensor:
+    """forward(x), keeping only x (use_reentrant=True)."""
+    m = x.machine
+    node = record(m, _reentrant_backward, (x,), (x,), meta=forward)
+    with m.no_grad():
+        result = forward(x)
+    return attach(node, result)
+
+
+def _reentrant_backward(node: Node, grads: GradList) -> Grads:
+    m, forward = node.machine, node.meta
+    x = node.unpack().detach()
+    x.requires_grad = True
+    before, m.cast_cache = m.cast_cache, {}
+    grad_was, m.grad_enabled = m.grad_enabled, True
+    result = forward(x)
+    m.cast_cache, m.grad_enabled = before, grad_was
+    run_backward(result, [incoming(grads)])
+    assert x.node is not None
+    grad = x.node.meta
+    x.node.meta = None
+    return (grad,)

@@ -1,0 +1,32 @@
+"""Token embedding: rows of the table, and a dense gradient of the whole table if it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.ops.autograd import Grads, Node, record, result_of
+from memplan.ops.pointwise import GradList, incoming
+from memplan.ops.tensor import Parameter, Tensor
+
+
+@dataclass(slots=True)
+class Embedding:
+    """nn.Embedding: weight [vocab, width]."""
+
+    weight: Parameter
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight]
+
+
+def embedding(table: Embedding, batch: tuple[int, ...]) -> Tensor:
+    """F.embedding of ids [*batch]: [*batch, width] in the table's dtype; saves the ids only."""
+    weight = table.weight
+    m = weight.machine
+    node = record(m, _embedding_backward, (weight,), meta=weight.shape)
+    return result_of(node, m, (*batch, weight.shape[1]), weight.dtype)
+
+
+def _embedding_backward(node: Node, grads: GradList) -> Grads:
+    # embedding_dense_backward: zeros of the table's size, filled
+    return (node.machine.empty(node.meta, incoming(grads).dtype),)

@@ -1,0 +1,85 @@
+"""Matrix products: nn.Linear, Conv1D, batched matmul.
+
+    x @ W.T     saves the input if W trains, and W (no bytes: it is a parameter) if the input needs a gradient;
+                backward allocates dW first, then dx (MmBackward0, torch 2.11 tools/autograd/derivatives.yaml)
+    + bias      addmm: the same, and the bias gradient is a sum of the incoming gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.dtypes import DType
+from memplan.ops.autocast import low
+from memplan.ops.autograd import Grads, Node, record, result_of
+from memplan.ops.pointwise import GradList, incoming
+from memplan.ops.tensor import Parameter, Tensor
+
+
+@dataclass(slots=True)
+class Linear:
+    """nn.Linear(in_features, out_features): weight [out, in] and an optional bias [out].
+
+    `transposed` is transformers' Conv1D: the same product with the weight stored [in, out].
+    """
+
+    in_features: int
+    out_features: int
+    weight: Parameter
+    bias: Parameter | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.out_features)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """F.linear: [..., in] -> [..., out]."""
+    m = x.machine
+    x, weight = low(x), low(weight)
+    inputs: tuple[Tensor, ...] = (x, weight)
+    if bias is not None:
+        inputs = (x, weight, low(bias))
+    node = None
+    if m.grad_enabled and any(t.requires_grad for t in inputs):
+        saved = ([x] if weight.requires_grad else []) + ([weight] if x.requires_grad else [])
+        node = record(m, _linear_backward, inputs, saved, meta=(x.shape, weight.shape))
+    return result_of(node, m, (*x.shape[:-1], out_features), x.dtype)
+
+
+def _linear_backward(node: Node, grads: GradList) -> Grads:
+    grad, m = incoming(grads), node.machine
+    x_shape, weight_shape = node.meta
+    saved = [node.unpack(i) for i in range(len(node.saved))]
+    d_weight = m.empty(weight_shape, grad.dtype) if node.needs[1] else None
+    d_x = m.empty(x_shape, grad.dtype) if node.needs[0] else None
+    del saved
+    # the engine sums the incoming gradient down to the bias
+    return (d_x, d_weight) if len(node.needs) == 2 else (d_x, d_weight, grad if node.needs[2] else None)
+
+
+def bmm(a: Tensor, b: Tensor, out_shape: tuple[int, ...]) -> Tensor:
+    """torch.matmul of two batched tensors: each is saved if the other needs a gradient."""
+    m = a.machine
+    a, b = low(a), low(b)
+    node = None
+    if m.grad_enabled and (a.requires_grad or b.requires_grad):
+        saved = ([b] if a.requires_grad else []) + ([a] if b.requires_grad else [])
+        node = record(m, _bmm_backward, (a, b), saved, meta=(a.shape, b.shape))
+    return result_of(node, m, out_shape, a.dtype)
+
+
+def _bmm_backward(node: Node, grads: GradList) -> Grads:
+    grad, m = incoming(grads), node.machine
+    saved = [node.unpack(i) for i in range(len(node.saved))]
+    d_b = m.empty(node.meta[1], grad.dtype) if node.needs[1] else None
+    d_a = m.empty(node.meta[0], grad.dtype) if node.needs[0] else None
+    del saved
+    return d_a, d_b
+
+
+def low_dtype(x: Tensor) -> DType:
+    """dtype in which a matrix product of `x` runs."""
+    return DType.bf16 if x.machine.autocast and x.dtype.is_floating else x.dtype

@@ -1,0 +1,90 @@
+"""RMSNorm as transformers writes it out in elementwise ops, and LayerNorm as one kernel.
+
+RMSNorm (models/llama/modeling_llama.py `LlamaRMSNorm`, transformers 5.17), input x of dtype d:
+    x32 = x.float()            a copy unless d is fp32; saved by pow and by the product below
+    rstd = rsqrt(x32.pow(2).mean(-1) + eps)        one fp32 per row, saved
+    y = (x32 * rstd).to(d)     saved by the product with the weight if the weight trains
+    weight * y
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.dtypes import DType
+from memplan.ops.autocast import high
+from memplan.ops.autograd import Grads, Node, record, result_of, save_result
+from memplan.ops.pointwise import GradList, add_number, incoming, mean_last, mul, pow_number, rsqrt, to
+from memplan.ops.tensor import Parameter, Tensor
+
+
+@dataclass(slots=True)
+class RMSNorm:
+    """weight * (x / rms(x)) over the last dimension; weight [hidden]."""
+
+    weight: Parameter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = to(x, DType.fp32)
+        variance = mean_last(pow_number(x))
+        x = mul(x, rsqrt(add_number(variance)))
+        return mul(self.weight, to(x, dtype))
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight]
+
+
+@dataclass(slots=True)
+class OffsetRMSNorm:
+    """Gemma's: x32 * rstd * (1 + weight) in fp32, then back (models/gemma/modeling_gemma.py `GemmaRMSNorm`)."""
+
+    weight: Parameter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x32 = to(x, DType.fp32)
+        output = mul(x32, rsqrt(add_number(mean_last(pow_number(x32)))))
+        del x32
+        output = mul(output, add_number(to(self.weight, DType.fp32)))
+        return to(output, x.dtype)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight]
+
+
+@dataclass(slots=True)
+class LayerNorm:
+    """nn.LayerNorm over the last dimension: saves its input and, per row, mean and rstd in fp32.
+
+    aten/src/ATen/native/cuda/layer_norm_kernel.cu: the statistics are fp32 for half inputs.
+    """
+
+    weight: Parameter | None
+    bias: Parameter | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m = x.machine
+        x = high(x)
+        weight = None if self.weight is None else high(self.weight)
+        bias = None if self.bias is None else high(self.bias)
+        inputs = [x, *[t for t in (weight, bias) if t is not None]]
+        saved = [x] + ([weight] if weight is not None else []) + ([bias] if bias is not None else [])
+        node = record(m, _layer_norm_backward, inputs, saved, meta=len(saved))
+        result = result_of(node, m, x.shape, x.dtype)
+        rows = (*x.shape[:-1], 1)
+        statistics = m.empty(rows, DType.fp32), m.empty(rows, DType.fp32)
+        save_result(node, *statistics)
+        return result
+
+    def parameters(self) -> list[Parameter]:
+        return [p for p in (self.weight, self.bias) if p is not None]
+
+
+def _layer_norm_backward(node: Node, grads: GradList) -> Grads:
+    grad, m = incoming(grads), node.machine
+    saved = [node.unpack(i) for i in range(len(node.saved))]
+    out: list[Tensor | None] = [m.empty(grad.shape, grad.dtype) if node.needs[0] else None]
+    for index in range(1, node.meta):
+        out.append(m.empty(saved[index].shape, saved[index].dtype) if node.needs[index] else None)
+    del saved
+    return out

@@ -1,0 +1,34 @@
+"""Rotary position embedding as transformers applies it (models/llama/modeling_llama.py `apply_rotary_pos_emb`).
+
+q * cos + rotate_half(q) * sin: the products save cos and sin, which all layers share; backward of the two slices
+of rotate_half writes into zeros of the whole.
+"""
+
+from __future__ import annotations
+
+from memplan.ops.pointwise import add, cat_last, mul, neg, slice_last
+from memplan.ops.tensor import Tensor
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    first = slice_last(x, half)
+    second = slice_last(x, x.shape[-1] - half)
+    return cat_last([neg(second), first])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, S, head_dim] with cos, sin [1, 1, S, head_dim]."""
+    return add(mul(x, cos), mul(rotate_half(x), sin))
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q_embed = rotate(q, cos, sin)
+    k_embed = rotate(k, cos, sin)
+    return q_embed, k_embed
+
+
+def apply_partial_rotary(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+    """Only the first `rotary_dim` of the head rotate; the rest is passed on and concatenated."""
+    rotated, passed = slice_last(x, rotary_dim), slice_last(x, x.shape[-1] - rotary_dim)
+    return cat_last([rotate(rotated, cos, sin), passed])
