@@ -84,7 +84,7 @@ def _key(text: str) -> str:
 
 @cache
 def _index() -> dict[str, str]:
-    """Every spelling that means a bundled model: its name, its aliases, its Hub id with and without the owner."""
+    """Every spelling of a bundled model: its name, its aliases, its Hub id with and without the owner."""
     index: dict[str, str] = {}
     for name in names():
         raw = json.loads((spec_dir() / f"{name}.json").read_bytes())
@@ -152,9 +152,9 @@ def _from_hub(repo: str) -> ModelSpec:
 
 def _base_model(folder: Path) -> str:
     base = _adapter(folder)[0].get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
         raise InvalidSpecError(
-            f"{folder}: an adapter that does not name its base model", hints=["name the base model itself"]
+            f"{folder}: an adapter that names no base model", hints=["name the base model itself"]
         )
     return base
 
@@ -162,7 +162,7 @@ def _base_model(folder: Path) -> str:
 def adapter_settings(path: str | Path) -> dict[str, Any]:
     """TrainConfig's adapter fields from a PEFT `adapter_config.json`, or from a folder that holds one.
 
-    `rank`, `target_modules`, `lora_dropout`, `use_dora`, `modules_to_save`; what the file does not say is left out.
+    `rank`, `target_modules`, `lora_dropout`, `use_dora`, `modules_to_save`; those it does not say are left out.
 
     Raises:
         InvalidSpecError: no such file, not a JSON object, or not a LoRA adapter.

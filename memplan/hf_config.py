@@ -26,7 +26,8 @@ _PLAIN = (
     "embedding_dropout", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "alibi",
     "parallel_residual", "new_decoder_architecture", "multi_query", "num_ln_in_parallel_attn",
     "do_layer_norm_before", "word_embed_proj_dim", "num_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "decoder_sparse_step",
+    "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size",
+    "first_k_dense_replace", "decoder_sparse_step",
     "mlp_only_layers", "n_group", "topk_group", "topk_method", "norm_topk_prob", "output_router_logits",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
@@ -48,7 +49,7 @@ _NOT_MODELLED = {
 
 
 def read_config(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
-    """The JSON object of `config` (a dict, a file, or a folder with a `config.json`), and its name in messages.
+    """The JSON object of `config` (a dict, a file, a folder with a `config.json`), and its name in messages.
 
     Raises:
         InvalidSpecError: nothing there, too large, or not one JSON object of finite numbers.

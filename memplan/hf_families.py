@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
         fixed=_BIASED | {"hidden_act": "gelu", "alibi": True, "max_position_embeddings": None},
         derives_head_dim=True,
     ),
-    # `no_bias`, `expansion_ratio`, `resid_pdrop`, `emb_pdrop` and `attn_config.alibi` have no effect on the model.
+    # `no_bias`, `expansion_ratio`, `resid_pdrop`, `emb_pdrop` and `attn_config.alibi` have no effect.
     "mpt": Family(
         keys={
             "hidden_size": "d_model",
