@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import bitsandbytes  # noqa: F401  (defines torch.ops.bitsandbytes)
 import torch
 from torch import nn
 
+from tests.oracle import sdpa
+from tests.oracle.bnb import gemm_4bit
 from tests.oracle.tracker import Tracker
 
 aten = torch.ops.aten
 
 KERNELS: dict[Any, Callable[..., Any]] = {}
-SCRATCH: dict[Any, Callable[..., list[int]]] = {}
+SCRATCH: dict[Any, Callable[..., list[int]]] = dict(sdpa.SCRATCH)
 
 
 def scalar_value(tensor: torch.Tensor) -> Any:
@@ -31,48 +34,40 @@ def scalar_value(tensor: torch.Tensor) -> Any:
     return 1.0 if tensor.dtype.is_floating_point else 1
 
 
-def sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
-    return out[0]
+def _foreach_norm_scratch(out: list[torch.Tensor], tensors: list[torch.Tensor], *_: Any) -> list[int]:
+    """One fp32 partial sum per chunk (aten/src/ATen/native/cuda/ForeachReduceOp.cu: `output_per_tensor`)."""
+    chunk = 65536  # kChunkSize, aten/src/ATen/native/cuda/MultiTensorApply.cuh
+    return [4 * len(tensors) * max(-(-tensor.numel() // chunk) for tensor in tensors)]
+
+
+SCRATCH[aten._foreach_norm.Scalar] = _foreach_norm_scratch
+KERNELS[torch.ops.bitsandbytes.gemm_4bit.default] = gemm_4bit
 
 
 @contextmanager
-def emulated(tracker: Tracker) -> Iterator[None]:
+def emulated(tracker: Tracker, sdpa_first: str) -> Iterator[None]:
+    """Everything above as long as the context lasts."""
     real_tensor = torch.tensor
 
     def tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("device") is None:
+        if kwargs.get("device") in (None, "cpu"):  # a literal: GPU code passes a tensor's device
             with tracker.on_host():
                 return real_tensor(data, *args, **kwargs)
         return real_tensor(data, *args, **kwargs)
 
+    real_autocast = torch.is_autocast_enabled
+
+    def is_autocast_enabled(device_type: str = "cpu") -> bool:
+        # PEFT asks without naming a device, which means CUDA.
+        return real_autocast(device_type)
+
     with (
         mock.patch("torch.tensor", tensor),
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa.make(sdpa_first)),
+        mock.patch("torch.is_autocast_enabled", is_autocast_enabled),
         mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda _: False),
     ):
         yield
-
-
-def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def num_params(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

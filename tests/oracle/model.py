@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from tests.oracle.bnb import quantize, state_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,8 +29,8 @@ def build(
     adapter_dtype: str,
     gradient_checkpointing: bool,
     reentrant: bool,
-) -> nn.Module:
-    """The training-ready model on meta, as a user of these libraries sets it up."""
+) -> tuple[nn.Module, int]:
+    """The training-ready model on meta, as a user of these libraries sets it up; and its parameters before any of that."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**hf_config)
@@ -36,11 +39,11 @@ def build(
         model = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[weight_dtype], attn_implementation=attention
         )
+    num_params = sum(parameter.numel() for parameter in model.parameters())
     checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     if method == "qlora":
-        from tests.oracle.bnb import quantize
-
-        quantize(model, double_quant=double_quant, dtype=DTYPES[weight_dtype])
+        half = DTYPES[weight_dtype] if weight_dtype != "fp32" else torch.bfloat16
+        quantize(model, double_quant=double_quant, compute_dtype=half)
     if method == "qlora" and kbit_prep:
         from peft import prepare_model_for_kbit_training
 
@@ -49,8 +52,8 @@ def build(
         )
     elif gradient_checkpointing:
         model.gradient_checkpointing_enable(**checkpointing)
-        if method != "full":
-            model.enable_input_require_grads()
+    if gradient_checkpointing and method != "full":
+        model.enable_input_require_grads()
     if method != "full":
         from peft import LoraConfig, get_peft_model
 
@@ -71,7 +74,22 @@ def build(
             if parameter.requires_grad and adapter_dtype != "fp32":
                 parameter.data = parameter.data.to(DTYPES[adapter_dtype])
     model.train()
-    return model
+    return model, num_params
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything the loaded model keeps on the GPU."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            for number, (holder, attribute) in enumerate(state_tensors(state)):
+                yield f"{name}.{attribute}{number}", getattr(holder, attribute)
+    yield from model.named_buffers()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
 
 
 def fakeify(model: nn.Module) -> None:
@@ -83,6 +101,10 @@ def fakeify(model: nn.Module) -> None:
             new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            state = getattr(tensor, "quant_state", None)
+            if state is not None:
+                for holder, name in state_tensors(state):
+                    setattr(holder, name, fake(getattr(holder, name)))
             for name, value in vars(tensor).items():
                 setattr(new, name, value)
             made[id(tensor)] = new

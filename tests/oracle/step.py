@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.oracle import cuda
-from tests.oracle.model import build, fakeify
+from tests.oracle.model import build, fakeify, stored_tensors
 from tests.oracle.tracker import Event, Tracker
 
 NUM_STEPS = 2  # optimizer states appear in the first: the second is every later one
@@ -55,11 +55,12 @@ def run(
     optimizer: str = "adamw_torch",
     accumulation: int = 1,
     loss: str = "full",
+    sdpa_first: str = "cudnn",
     events: bool = False,
 ) -> OracleResult:
     """Two training steps; the bytes alive in each phase, as `torch.cuda.memory_allocated` would tell them."""
     torch.set_num_threads(1)
-    model = build(
+    model, num_params = build(
         hf_config,
         method=method,
         weight_dtype=weight_dtype,
@@ -78,10 +79,10 @@ def run(
     tracker = Tracker(record=events, kernels=cuda.KERNELS, scratch=cuda.SCRATCH, scalar=cuda.scalar_value)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(cuda.emulated(tracker))
+        stack.enter_context(cuda.emulated(tracker, sdpa_first))
         fakeify(model)
         tracker.module_names = {id(module): name for name, module in model.named_modules()}
-        for name, tensor in cuda.stored_tensors(model):
+        for name, tensor in stored_tensors(model):
             if tracker.watch(tensor, "load", name):
                 tracker._allocate(tensor.untyped_storage()._cdata)
         model_bytes = tracker.live_bytes
@@ -98,7 +99,7 @@ def run(
         phases=phases,
         model_bytes=model_bytes,
         input_bytes=input_bytes,
-        num_params=cuda.num_params(model),
+        num_params=num_params,
         num_trainable=sum(p.numel() for p in trainable),
         events=tracker.events,
     )
