@@ -79,7 +79,8 @@ def _bundled(name: str) -> ModelSpec:
 
 
 def _key(text: str) -> str:
-    return re.sub(r"[^a-z0-9/]", "", text.lower())
+    """`text` without case and separators; dots stay, or `opt-1.3b` would be `opt-13b`."""
+    return re.sub(r"[^a-z0-9./]", "", text.lower())
 
 
 @cache
@@ -88,9 +89,9 @@ def _index() -> dict[str, str]:
     index: dict[str, str] = {}
     for name in names():
         raw = json.loads((spec_dir() / f"{name}.json").read_bytes())
-        repo = raw.get("hf_repo") or ""
-        for alias in (name, *raw.get("aliases", ()), repo, repo.rpartition("/")[2]):
-            index.setdefault(_key(alias), name)
+        for spelling in (name, raw.get("hf_repo") or "", *raw.get("aliases", ())):
+            index.setdefault(_key(spelling), name)
+            index.setdefault(_key(spelling.rpartition("/")[2]), name)
     index.pop("", None)
     return index
 
@@ -162,7 +163,7 @@ def _base_model(folder: Path) -> str:
 def adapter_settings(path: str | Path) -> dict[str, Any]:
     """TrainConfig's adapter fields from a PEFT `adapter_config.json`, or from a folder that holds one.
 
-    `rank`, `target_modules`, `lora_dropout`, `use_dora`, `modules_to_save`; those it does not say are left out.
+    These are `rank`, `target_modules`, `lora_dropout`, `use_dora` and `modules_to_save`, as far as it says.
 
     Raises:
         InvalidSpecError: no such file, not a JSON object, or not a LoRA adapter.

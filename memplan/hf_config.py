@@ -17,6 +17,7 @@ from memplan.errors import InvalidSpecError, UnknownNameError
 from memplan.hf_families import FAMILIES, OLD_MODEL_TYPES, OTHER_KEYS, TEXT_MODEL_TYPES, Family
 
 MAX_FILE_BYTES = 16 * 2**20
+MAX_LAYERS = 2**12
 
 # ModelSpec's fields that a config may carry, most under the same name.
 _PLAIN = (
@@ -219,13 +220,15 @@ def _fill_sliding(fields: dict[str, Any], config: Mapping[str, Any], family: Fam
         types = ["sliding_attention" if slide else "full_attention" for slide in slides]
     if not isinstance(types, list | tuple):
         raise InvalidSpecError("`layer_types` is not a list")
+    if len(types) != num_layers <= MAX_LAYERS:
+        raise InvalidSpecError(f"`layer_types` has {len(types)} entries for {num_layers} layers")
     any_slides = any(kind != "full_attention" for kind in types)
     fields["layer_types"] = tuple(types) if any_slides else ()
     fields["sliding_window"] = window if any_slides else None
 
 
 def _sliding_rule(config: Mapping[str, Any], family: Family, num_layers: int, has_window: bool) -> list[bool]:
-    layers = range(min(num_layers, 2**12))
+    layers = range(min(num_layers, MAX_LAYERS))
     rule = family.sliding
     if isinstance(rule, int):
         pattern = config.get("sliding_window_pattern") or rule
@@ -253,7 +256,7 @@ def _no_rope_layers(config: Mapping[str, Any], num_layers: int) -> list[int]:
     interval = config.get("no_rope_layer_interval")
     if type(interval) is not int or interval < 1:
         raise InvalidSpecError("`no_rope_layer_interval` is not a whole number above zero")
-    return [int((i + 1) % interval != 0) for i in range(min(num_layers, 2**12))]
+    return [int((i + 1) % interval != 0) for i in range(min(num_layers, MAX_LAYERS))]
 
 
 def _fill_rotary(fields: dict[str, Any], config: Mapping[str, Any], family: Family) -> None:

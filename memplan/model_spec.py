@@ -14,14 +14,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from memplan.errors import InvalidSpecError
-from memplan.hf_config import canonical_fields, read_config
+from memplan.hf_config import MAX_LAYERS, canonical_fields, read_config
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
 # Bounds keep a typing mistake (or a hostile file) from becoming an estimate of petabytes or a loop of
 # hours; each lies at least eightfold above the largest model published.
 MAX_WIDTH = 2**20
-MAX_LAYERS = 2**12
 MAX_VOCAB = 2**24
 MAX_POSITIONS = 2**31
 
