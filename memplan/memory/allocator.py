@@ -296,7 +296,7 @@ class CachingAllocator:
         return len(blocks) if size >= max_split and blocks[at].size_bytes >= size + rounding else at
 
     def _new_block(self, pool: Pool, size: int) -> Block:
-        """A block, off the free list, of new memory; at the limit what is cached goes back first (`malloc`)."""
+        """A block of new memory, off the free list; at the limit, cached memory goes back first."""
         if self.collects_garbage:
             garbage_collect_cached_blocks(self)
         from_driver = segment_size(size, self.config.large_segment_size_bytes)

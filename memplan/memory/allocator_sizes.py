@@ -25,8 +25,8 @@ NUM_ROUNDUP_INTERVALS = 16
 def round_size(num_bytes: int, divisions: Sequence[int] = ()) -> int:
     """Bytes of the block for a request: up to 512 B, or to a step between powers of two (`round_size`).
 
-    `divisions` is `AllocatorConfig.roundup_power2_divisions`. With 4, 1200 lies between 1024 and 2048 and
-    goes to 1280 (`roundup_power2_next_division`); yet requests up to 512 B a division keep the other rule.
+    `divisions` is `AllocatorConfig.roundup_power2_divisions`. With 4, requests of 8 to 16 MiB go to 8, 10,
+    12, 14 or 16 MiB (`roundup_power2_next_division`); up to 512 B a division the other rule holds.
     """
     if divisions and num_bytes >= MIN_BLOCK_BYTES:
         exponent = num_bytes.bit_length() - 1
