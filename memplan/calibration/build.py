@@ -1,7 +1,7 @@
 """A real transformers model with random weights, built on the GPU piece by piece, with nothing downloaded.
 
-The model is made on the meta device and each parameter is then given storage on its own; a linear layer that is to be
-quantised is quantised before the next one gets storage. A 70B model in 4 bit never exists in 16 bit anywhere.
+The model is made on the meta device and each parameter is then given storage on its own; a linear layer that
+is to be quantised is quantised before the next one gets storage. A 70B model in 4 bit never exists in 16 bit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def materialise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
         if leaf == "weight" and hasattr(owner, "source_cls"):
             owner.weight = quantised_weight(owner, parameter, device, dtype)
         elif hasattr(owner, "source_cls"):
-            # bitsandbytes layers are made with an fp32 frozen bias; loading puts the checkpoint's in its place.
+            # bitsandbytes makes layers with a frozen fp32 bias; loading puts the checkpoint's in its place.
             setattr(owner, leaf, nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device)))
         else:
             empty = torch.empty_like(parameter, device=device)
@@ -71,14 +71,14 @@ def materialise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
                 module._is_hf_initialized = module.weight._is_hf_initialized = True
                 if module.bias is not None:
                     module.bias.zero_()
-        # The library's own init: norms, rotary tables, expert stacks, sinks, position tables are right for each family.
+        # The library's own init: norms, rotary tables, expert stacks and sinks are right for each family.
         model.initialize_weights()
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     assert not left, f"still on the meta device: {left[:5]}"
 
 
 def quantised_weight(module: Any, old: Any, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """One bitsandbytes weight: random in `dtype` on `device`, quantised at once as transformers does on loading."""
+    """One bitsandbytes weight: random in `dtype` on `device`, quantised at once, as loading does."""
     import bitsandbytes as bnb
 
     value = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device)
@@ -93,7 +93,7 @@ def quantised_weight(module: Any, old: Any, device: torch.device, dtype: torch.d
 
 
 def _replace_linears(model: Any, config: TrainConfig) -> Any:
-    """Put bitsandbytes layers where transformers would, and mark the model as quantised, as its loader does."""
+    """Put bitsandbytes layers where transformers would, and mark the model as quantised."""
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -1,8 +1,8 @@
 """The record format of the harness that took the first measurements, read into today's `Record`.
 
-That harness ran a plain loop with clipping on and `outputs` dropped before backward: LoRA rank 16 on all linear
-layers, bf16 weights, no autocast, foreach AdamW, k-bit preparation, double quantisation, unless a case said otherwise.
-Its runs of TRL's SFTTrainer carry no figures per phase.
+That harness ran a plain loop with clipping on and `outputs` dropped before backward: LoRA rank 16 on all
+linear layers, bf16 weights, no autocast, foreach AdamW, k-bit preparation, double quantisation, unless a case
+said otherwise. Its runs of TRL's SFTTrainer carry no figures per phase.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from memplan.calibration.record import Case, PhaseFigures, Record
 
 _PHASES = {"fwd": "forward", "bwd": "backward", "clip": "clip", "opt": "optimizer", "zero": "zero"}
 _OPTIMIZERS = {"adamw_fused": "adamw_torch_fused"}
-_CASE_KEYS = {"id", "name", "model", "harness", "method", "batch", "seq", "ckpt", "dtype", "amp", "optim", "rank",
-              "targets"}  # fmt: skip
+_CASE_KEYS = {"id", "name", "model", "harness", "method", "batch", "seq", "ckpt", "dtype", "amp", "optim",
+              "rank", "targets"}  # fmt: skip
 
 
 def is_legacy(row: dict[str, Any]) -> bool:

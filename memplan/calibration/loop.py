@@ -50,8 +50,8 @@ def train(
 ) -> Trained:
     """Run `num_steps` optimizer steps; `around_step(step, begins)` is called before and after each.
 
-    Lifetimes are those of the loop one writes by hand: `outputs` is gone before backward, the loss after it, one
-    batch lives throughout, gradients are set to None.
+    Lifetimes are those of the loop one writes by hand: `outputs` is gone before backward, the loss after it,
+    one batch lives throughout, gradients are set to None.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(config.optimizer, trained)

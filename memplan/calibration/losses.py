@@ -30,7 +30,9 @@ def patch_loss(model: Any, config: TrainConfig) -> None:
         add_fused_lm_head(model)
     elif config.loss == "liger":
         try:
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+            from liger_kernel.transformers import (  # type: ignore[import-not-found,unused-ignore]
+                _apply_liger_kernel_to_instance,
+            )
         except ImportError as error:
             raise MemplanError("the liger loss is liger-kernel's", hints=["install liger-kernel"]) from error
         _apply_liger_kernel_to_instance(model=model, **LIGER_LOSS_ONLY)
@@ -38,9 +40,6 @@ def patch_loss(model: Any, config: TrainConfig) -> None:
 
 def compute_loss(model: Any, batch: dict[str, torch.Tensor], config: TrainConfig) -> torch.Tensor:
     """The mean loss of one batch; the model's outputs are let go on return."""
-    loss: torch.Tensor
-    if config.loss == "chunked":
-        loss = model(**batch, fused_lm_head=True).loss
-    else:
-        loss = model(**batch).loss
+    chunks = {"fused_lm_head": True} if config.loss == "chunked" else {}
+    loss: torch.Tensor = model(**batch, **chunks).loss
     return loss

@@ -1,7 +1,7 @@
 """`python -m memplan.calibration.measure --cases cases.json --out records.jsonl`: measure a list of cases.
 
-One record a line is appended as soon as its run ends. Cases whose id the file already holds are left out, so that a
-measurement cut short goes on where it stopped.
+One record a line is appended as soon as its run ends. Cases whose id the file already holds are left out, so
+that a measurement cut short goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def main(
         for line in (f"error: {error.message}", *(f"hint: {hint}" for hint in error.hints)):
             print(line, file=sys.stderr)
         raise typer.Exit(2) from None
-    todo = [c.model_copy(update={"snapshot": True}) if snapshot else c for c in wanted if c.id not in done]
+    todo = [c for c in wanted if c.id not in done]
+    if snapshot:
+        todo = [c.model_copy(update={"snapshot": True}) for c in todo]
     traces = trace_dir or out.with_name(out.name + ".traces")
     try:
         complete = measure(
@@ -139,16 +141,15 @@ def dump_case(case: Case) -> str:
 def print_table(records: tuple[Record, ...]) -> None:
     """A row a run, on stdout, in GiB."""
     table = Table(box=None, pad_edge=False)
+    text = ("id", "status", "peak phase")
     for name in ("id", "status", "allocated", "reserved", "process", "peak phase", "s/step", "s"):
-        table.add_column(
-            name, justify="left" if name in ("id", "status", "peak phase") else "right", no_wrap=True
-        )
+        table.add_column(name, justify="left" if name in text else "right", no_wrap=True)
     for record in records:
-        table.add_row(
-            record.case.id, record.status, _gib(record.peak_allocated_bytes), _gib(record.peak_reserved_bytes),
-            _gib(record.process_bytes), record.peak_phase or (record.oom.phase if record.oom else ""),
-            f"{min(record.step_seconds):.3f}" if record.step_seconds else "", f"{record.wall_seconds or 0:.1f}",
-        )  # fmt: skip
+        phase = record.peak_phase or (record.oom.phase if record.oom else "")
+        sizes = (record.peak_allocated_bytes, record.peak_reserved_bytes, record.process_bytes)
+        fastest = f"{min(record.step_seconds):.3f}" if record.step_seconds else ""
+        wall = f"{record.wall_seconds or 0:.1f}"
+        table.add_row(record.case.id, record.status, *map(_gib, sizes), phase, fastest, wall)
     Console(width=140).print(table)
     for record in records:
         if record.status not in ("ok", "oom"):
@@ -172,7 +173,8 @@ def _gib(num_bytes: int | None) -> str:
 
 
 def _line(record: Record) -> str:
-    text = f"{record.case.id}: {record.status} {_gib(record.peak_allocated_bytes)} GiB {record.wall_seconds or 0:.1f} s"
+    peak = _gib(record.peak_allocated_bytes)
+    text = f"{record.case.id}: {record.status} {peak} GiB {record.wall_seconds or 0:.1f} s"
     return f"{text} {record.error}" if record.error else text
 
 

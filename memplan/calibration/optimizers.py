@@ -1,4 +1,4 @@
-"""Optimizers by their Hugging Face `optim` string, made as transformers' Trainer makes them, for the plain loop.
+"""Optimizers by their Hugging Face `optim` string, as transformers' Trainer makes them, for the plain loop.
 
 Two names are not Hugging Face's: `adamw_torch_forloop` (foreach=False) and `sgd_momentum` (momentum 0.9).
 """

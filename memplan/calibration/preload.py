@@ -1,4 +1,4 @@
-"""Imports torch, transformers, PEFT and bitsandbytes without opening a CUDA context, so that the process may fork."""
+"""Imports torch, transformers, PEFT and bitsandbytes without opening CUDA, so that the process may fork."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memplan.calibration.record import Case
 
 
 def preload(cases: Iterable[Case]) -> str | None:
-    """Import what the cases need. None if the process may fork; else which import opened CUDA (then spawn)."""
+    """Import what the cases need. None if the process may fork, else the module whose import opened CUDA."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # is_available() then asks NVML instead of opening a context.
@@ -27,7 +27,8 @@ def preload(cases: Iterable[Case]) -> str | None:
                 return name
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        stacks, model_types = set(), set()
+        stacks: set[str] = set()
+        model_types: set[str] = set()
         for case in cases:
             stacks.add(case.train_config().stack)
             model_types.add(str(case.hf_config["model_type"]))
@@ -52,7 +53,7 @@ def _own_modules(stacks: set[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _capability_from_nvml(torch: Any) -> Iterator[None]:
-    """bitsandbytes asks for the compute capability on import, which opens a CUDA context; NVML knows it too."""
+    """bitsandbytes asks for the compute capability on import, which opens CUDA; NVML knows it too."""
     usual = torch.cuda.get_device_capability
 
     def ask(device: Any = None) -> tuple[int, int]:

@@ -54,21 +54,23 @@ class Environment(_Frozen):
 class Case(_Frozen):
     """One run to measure."""
 
-    id: str
+    id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,120}$")
+    """Names the run in tables and its trace file."""
     hf_config: dict[str, Any]
     """The model, in the keys of its config.json; what is missing takes the config class's default."""
     config: dict[str, Any]
     """The fields of a TrainConfig that were said; the others come from its stack."""
-    num_steps: int = Field(3, ge=1, le=1000)
+    num_steps: int = Field(default=3, ge=1, le=1000)
     use_cache: bool = False
     """`model.config.use_cache`; transformers' Trainer sets False."""
-    memory_limit_bytes: int | None = Field(None, gt=0)
-    """Emulate a card on which the caching allocator may take this much (`set_per_process_memory_fraction`)."""
+    memory_limit_bytes: int | None = Field(default=None, gt=0)
+    """Emulate a smaller card: what the allocator may take (`set_per_process_memory_fraction`)."""
     warm_allocator: bool = False
     """Reserve the weights' bytes in one piece before loading, as transformers' `from_pretrained` does."""
     snapshot: bool = False
     """Write the allocation trace of the load and of `snapshot_step`."""
-    snapshot_step: int = Field(2, ge=1)
+    snapshot_step: int = Field(default=2, ge=0)
+    """0 traces the whole run in one part, from before the first allocation."""
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(**self.config)
@@ -138,7 +140,7 @@ class Record(_Frozen):
 
     @property
     def device_overhead_bytes(self) -> int | None:
-        """What the card holds beyond the caching allocator's reserve: driver, CUDA context, kernels, libraries."""
+        """What the card holds beyond the allocator's reserve: driver, CUDA context, kernels, libraries."""
         if self.process_bytes is None or self.peak_reserved_bytes is None:
             return None
         return self.process_bytes - self.peak_reserved_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 import time
@@ -56,7 +55,7 @@ class _Run:
 def run_case(
     case: Case, *, device: str = "cuda", trace_path: Path | None = None, stacks: str = "all"
 ) -> Record:
-    """Measure `case`. Running out of memory, or an error of the libraries, is a record too, never an exception."""
+    """Measure `case`. Running out of memory, or an error of the libraries, is a record too, no exception."""
     where = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     run = _Run(case, Meter(where))
     recorder = Recorder(run.meter, stacks) if case.snapshot and device != "cpu" else None
@@ -79,14 +78,12 @@ def run_case(
 
 def _measure(run: _Run, recorder: Recorder | None) -> None:
     case, config, meter = run.case, run.case.train_config(), run.meter
-    driver = _open_context(run)
+    driver = _open_context(run, recorder)
     if case.memory_limit_bytes is not None and meter.device.type == "cuda":
         total = torch.cuda.get_device_properties(meter.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_limit_bytes / total), meter.device)
     torch.manual_seed(0)
 
-    if recorder:
-        recorder.start("load")
     meter.begin("load")
     began = time.perf_counter()
     model = build_model(case, config, meter.device)
@@ -102,13 +99,12 @@ def _measure(run: _Run, recorder: Recorder | None) -> None:
         run.facts["num_trainable_params"] = sum(p.numel() for p in trained)
         run.facts["trainable_dtypes"] = tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained}))
         meter.end()
-        if recorder:
+        if recorder and case.snapshot_step:
             recorder.stop()
 
     def around_step(step: int, begins: bool) -> None:
         if recorder and step == case.snapshot_step:
             if begins:
-                gc.collect()
                 recorder.start(f"step {step}")
             else:
                 recorder.stop()
@@ -139,12 +135,15 @@ def _train(case: Case, config: Any, model: Any, meter: Meter, ready: Any, around
     return train_with_library(case, config, model, meter, ready=ready, around_step=around_step)
 
 
-def _open_context(run: _Run) -> Driver | None:
+def _open_context(run: _Run, recorder: Recorder | None) -> Driver | None:
     """Read the driver, open the CUDA context with one small tensor, read it again."""
     if run.meter.device.type != "cuda":
         return None
     driver = Driver()
     before = driver.read_all()
+    torch.cuda.init()
+    if recorder:
+        recorder.start("load" if run.case.snapshot_step else "run")
     torch.zeros(1, device=run.meter.device)
     torch.cuda.synchronize()
     driver.choose(str(torch.cuda.get_device_properties(run.meter.device).uuid))

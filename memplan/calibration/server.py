@@ -1,6 +1,6 @@
-"""One process a case, quickly: a parent that has imported everything but never touched CUDA forks a child a case.
+"""One process a case, quickly: a parent that has imported everything, but never touched CUDA, forks a child.
 
-The context, the allocator and the libraries' handles then start fresh in each run, and no import is paid twice.
+The context, the allocator and the libraries' handles start fresh in each run, and no import is paid twice.
 A crash or a timeout ends one case; Ctrl-C keeps what is done.
 """
 
@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def run_forked(case: Case, runner: Runner, *, timeout: float, log: Path | None =
         answer = Path(folder, "record.json")
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads; those of the imported libraries are idle and hold no lock.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             _child(case, runner, answer, log)
         began = time.monotonic()

@@ -19,7 +19,7 @@ class Recorder:
 
     meter: Meter
     stacks: str = "all"
-    """`all` names C++ operators, and with them those of backward, which has no Python frames; `python` is quicker."""
+    """`all` names C++ operators too, and backward has no other frames; `python` is quicker."""
     parts: list[Part] = field(default_factory=list)
     _name: str = ""
     _first_mark: int = 0

@@ -1,14 +1,14 @@
 """The allocation trace of a run, compact: gzip of JSON lines.
 
-A file holds parts (the load, one step). Each part is one header line and then one line an event:
+A file holds parts (the load and one step, or the whole run). A part is a header line, then a line an event:
 
-    {"part": "step 2", "marks": [[time_us, step, micro_step, phase], …], "segments": […], "stacks": [[frame, …], …],
-     "num_events": N, "num_dropped": 0}
-    [action, address, bytes, mark, stack]
+    {"part": "step 2", "marks": [[time_us, step, micro_step, phase], …], "segments": […],
+     "stacks": [[frame, …], …], "num_events": N, "num_dropped": 0}
+    [action, address, bytes, mark, stack, stream if not 0]
 
-`mark` and `stack` index into the header's lists (-1: none). `bytes` is what was asked for, before the allocator
-rounds. `segments` is the allocator's state as the part begins: [address, bytes, "small" | "large", stream,
-[[bytes, requested bytes, "a" | "i"], …]].
+`mark` and `stack` index into the header's lists (-1: none). `bytes` is what was asked for, before the
+allocator rounds. `segments` is the allocator's state as the part begins: [address, bytes, "small" | "large", stream,
+[[bytes, requested bytes, "a" | "i"], …]], the inner lists being the segment's blocks, active or inactive.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_FILE_BYTES = 8 * 2**20
-_ACTIONS = {"alloc": "a", "free_completed": "f", "segment_alloc": "sa", "segment_free": "sf", "segment_map": "sm",
-            "segment_unmap": "su", "oom": "oom"}  # fmt: skip
+_ACTIONS = {"alloc": "a", "free_completed": "f", "segment_alloc": "sa", "segment_free": "sf",
+            "segment_map": "sm", "segment_unmap": "su", "oom": "oom"}  # fmt: skip
 _CPP = (
     (re.compile(r"torch::autograd::generated::(\w+?)::apply"), "{}"),
     (re.compile(r"torch::autograd::(AccumulateGrad|CopySlices|InputBuffer)::\w+"), "{}"),
@@ -32,19 +32,21 @@ _CPP = (
     (re.compile(r"at::native::(?:\(anonymous namespace\)::)?(\w+)"), "native.{}"),
     (re.compile(r"at::cuda::(?:blas::)?(\w*(?:Workspace|blas|gemm)\w*)", re.IGNORECASE), "cuda.{}"),
 )
-_DULL = ("torch/nn/modules/module.py", "torch/utils/_contextlib.py", "torch/nn/modules/container.py", "runpy.py",
-         "torch/_tensor.py", "memplan/calibration/", "<frozen")  # fmt: skip
+_DULL = ("torch/nn/modules/module.py", "torch/nn/modules/container.py", "torch/utils/_contextlib.py",
+         "torch/_tensor.py", "torch/_compile.py", "torch/_dynamo/", "torch/autograd/", "memplan/calibration/",
+         "runpy.py", "<frozen")  # fmt: skip
 _MAX_CPP, _MAX_PYTHON = 4, 7
 
 
 class Event(NamedTuple):
-    """One action of the allocator: `a` alloc, `f` free, `sa`/`sf` segment taken from or given back to the driver."""
+    """One action of the allocator: `a` alloc, `f` free, `sa` and `sf` a segment taken or given back."""
 
     action: str
     address: int
     num_bytes: int
     mark: int
     stack: int
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ class Part:
 
     def phase(self, event: Event) -> str:
         return str(self.marks[event.mark][3]) if event.mark >= 0 else ""
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The events as torch's own history words them, for `memory.allocator_trace.replay_trace`."""
+        names = {short: long for long, short in _ACTIONS.items()}
+        return [
+            {"action": names[e.action], "addr": e.address, "size": e.num_bytes, "stream": e.stream}
+            for e in self.events
+        ]
 
     def frames(self, event: Event) -> list[str]:
         """Innermost first: C++ operators (`aten.mm`, `MmBackward0`), then Python lines."""
@@ -86,7 +96,8 @@ def compact(
             continue
         mark = bisect_right(times, entry.get("time_us", 0)) - 1
         stack = stacks.number(entry.get("frames", ())) if action in ("a", "oom") else -1
-        events.append(Event(action, int(entry.get("addr", 0)), int(entry["size"]), mark, stack))
+        address, stream = int(entry.get("addr", 0)), int(entry.get("stream", 0))
+        events.append(Event(action, address, int(entry["size"]), mark, stack, stream))
     state = [
         [
             s["address"], s["total_size"], s["segment_type"], s.get("stream", 0),
@@ -118,7 +129,7 @@ def short_stack(frames: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def write_trace(path: str | Path, parts: Sequence[Part], *, max_bytes: int = MAX_FILE_BYTES) -> None:
-    """Write the parts; events beyond `max_bytes` of file are dropped and their number is said in the header."""
+    """Write the parts; events beyond `max_bytes` of file are dropped, and the header says how many."""
     parts = list(parts)
     while True:
         blob = gzip.compress("\n".join(_lines(parts)).encode(), 6)
@@ -154,4 +165,4 @@ def _lines(parts: Iterable[Part]) -> Iterable[str]:
         }  # fmt: skip
         yield json.dumps(head, separators=(",", ":"))
         for event in part.events:
-            yield json.dumps(event, separators=(",", ":"))
+            yield json.dumps(event if event.stream else event[:5], separators=(",", ":"))

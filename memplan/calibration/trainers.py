@@ -1,4 +1,4 @@
-"""The steps of transformers' `Trainer` and of TRL's `SFTTrainer`, unchanged, with the meter hung into their hooks.
+"""The steps of transformers' `Trainer` and of TRL's `SFTTrainer`, with the meter hung into their hooks.
 
 Nothing of the libraries is replaced: methods are wrapped so that a phase begins before the original runs.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,8 +67,8 @@ def _sft_trainer(case: Case, config: TrainConfig, model: Any, folder: str, devic
         raise MemplanError(f"SFTTrainer computes its loss in chunks, never `{config.loss}`")
     if config.padding and config.micro_batch_size == 1:
         raise MemplanError("SFTTrainer pads to the longest row of a batch, and this batch has one row")
-    import datasets
-    import pyarrow
+    import datasets  # type: ignore[import-not-found,unused-ignore]
+    import pyarrow  # type: ignore[import-not-found,import-untyped,unused-ignore]
     import trl
 
     if config.method == "qlora" and config.kbit_prep:
@@ -127,14 +126,14 @@ def _own_optimizer(config: TrainConfig, learning_rate: float) -> tuple[Any, dict
 
 
 def _rows(case: Case, config: TrainConfig, model: Any) -> list[dict[str, list[int]]]:
-    """Token ids and labels, one row a sequence. With padding the first row of each batch is a quarter shorter.
+    """Token ids and labels, a row a sequence. With padding the first row of each batch is a quarter shorter.
 
     `Trainer`'s default collator does not pad, so for it the row comes padded, with its mask.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     num_rows = case.num_steps * config.gradient_accumulation_steps * config.micro_batch_size
-    rows = []
+    rows: list[dict[str, list[int]]] = []
     for ids in torch.randint(0, vocab_size, (num_rows, config.seq_len), generator=generator).tolist():
         length = config.seq_len
         if config.padding and len(rows) % config.micro_batch_size == 0:
@@ -150,7 +149,7 @@ def _rows(case: Case, config: TrainConfig, model: Any) -> list[dict[str, list[in
     return rows
 
 
-class _Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
+class _Rows(torch.utils.data.Dataset[dict[str, list[int]]]):  # type: ignore[misc]
     def __init__(self, rows: list[dict[str, list[int]]]) -> None:
         self._rows = rows
 
@@ -171,7 +170,7 @@ def _tokenizer() -> Any:
     )
 
 
-class _Watch(transformers.TrainerCallback):
+class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     """Begins the meter's phases from the Trainer's own hooks."""
 
     def __init__(self, meter: Meter, around_step: Callable[[int, bool], None]) -> None:
