@@ -32,8 +32,9 @@ Attention = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class Shared:
-    """What the model computes once and every layer reads: rotary tables and the attention mask."""
+    """What the model computes once and every layer reads: positions, rotary tables, the attention mask."""
 
+    position_ids: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
@@ -48,6 +49,7 @@ class Shared:
             return Tensor(Storage(machine, size, slot=slot), shape, dtype)
 
         shared = cls()
+        shared.position_ids = make((1, tokens), DType.int64)
         width = decoder.rotary_dim()
         if width is not None:
             shape = (1, 1, tokens, width)
@@ -60,7 +62,7 @@ class Shared:
         return shared
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.cos, self.sin, self.mask) if t is not None]
+        return [t for t in (self.position_ids, self.cos, self.sin, self.mask) if t is not None]
 
 
 class Decoder:

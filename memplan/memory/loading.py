@@ -7,62 +7,73 @@ to split off, so that the order matters for what the allocator counts as allocat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
 from memplan.architectures.builder import Weight
 from memplan.ops.quantized import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from memplan.ops.tensor import Tape, round_block
 from memplan.train_config import TrainConfig
 
 
-def load_tape(weights: list[Weight], config: TrainConfig) -> tuple[Tape, list[str]]:
-    """The tape of loading `weights` and the kind of each slot.
+@dataclass
+class Loading:
+    """Three tapes over one frame: the base model, what k-bit preparation casts, the adapters."""
 
-    The base model comes first, then what prepare_model_for_kbit_training casts, then the adapters, as PEFT adds
-    them to a loaded model.
-    """
-    tape: Tape = []
-    kinds: list[str] = []
+    base: Tape = field(default_factory=list)
+    casts: Tape = field(default_factory=list)
+    adapters: Tape = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    empties_cache: bool = False
+    """prepare_model_for_kbit_training ends with torch.cuda.empty_cache() (PEFT 0.21.2 utils/other.py)."""
 
-    def allocate(num_bytes: int, kind: str) -> int:
-        kinds.append(kind)
-        tape.append((len(kinds) - 1, round_block(num_bytes)))
-        return len(kinds) - 1
+    def events(self) -> Iterator[tuple[int, int]]:
+        return chain(self.base, self.casts, self.adapters)
 
-    def free(slot: int) -> None:
-        tape.append((slot, 0))
+    def allocate(self, tape: Tape, num_bytes: int, kind: str) -> int:
+        self.kinds.append(kind)
+        slot = len(self.kinds) - 1
+        tape.append((slot, round_block(num_bytes)))
+        return slot
 
+
+def load(weights: list[Weight], config: TrainConfig) -> Loading:
+    """The base model comes first, then what prepare_model_for_kbit_training casts, then the adapters."""
+    loading = Loading(empties_cache=config.method == "qlora" and config.kbit_prep)
     casts: list[tuple[int, Weight]] = []
     for w in weights:
         if w.kind == "adapters":
             continue
         if w.stored:
-            _quantise(w, config, allocate, free)
+            _quantise(loading, w, config)
             continue
         loaded = w.loaded_dtype or w.dtype
-        slot = allocate(w.numel * loaded.itemsize, w.kind)
+        slot = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)
         if loaded is not w.dtype:
             casts.append((slot, w))
     for slot, w in casts:
-        allocate(w.numel * w.dtype.itemsize, w.kind)
-        free(slot)
+        loading.allocate(loading.casts, w.numel * w.dtype.itemsize, w.kind)
+        loading.casts.append((slot, 0))
     for w in weights:
         if w.kind == "adapters":
-            allocate(w.numel * w.dtype.itemsize, w.kind)
-    return tape, kinds
+            loading.allocate(loading.adapters, w.numel * w.dtype.itemsize, w.kind)
+    return loading
 
 
-def _quantise(w: Weight, config: TrainConfig, allocate, free) -> None:  # type: ignore[no-untyped-def]
+def _quantise(loading: Loading, w: Weight, config: TrainConfig) -> None:
     """bitsandbytes 0.50.2 functional.py `quantize_4bit`, on a weight made on the device."""
     blocks = -(-w.numel // BLOCK_SIZE)
-    plain = allocate(w.numel * w.dtype.itemsize, "temporaries")
-    absmax = allocate(blocks * 4, "temporaries" if config.double_quant else w.kind)
-    allocate((w.numel + 1) // 2, w.kind)
-    allocate(16 * 4, w.kind)
+    tape = loading.base
+    plain = loading.allocate(tape, w.numel * w.dtype.itemsize, "temporaries")
+    absmax = loading.allocate(tape, blocks * 4, "temporaries" if config.double_quant else w.kind)
+    loading.allocate(tape, (w.numel + 1) // 2, w.kind)
+    loading.allocate(tape, 16 * 4, w.kind)
     if config.double_quant:
-        allocate(4, w.kind)
-        centred = allocate(blocks * 4, "temporaries")
-        allocate(256 * 4, w.kind)
-        allocate(-(-blocks // NESTED_BLOCK_SIZE) * 4, w.kind)
-        allocate(blocks, w.kind)
-        free(centred)
-        free(absmax)
-    free(plain)
+        loading.allocate(tape, 4, w.kind)
+        centred = loading.allocate(tape, blocks * 4, "temporaries")
+        loading.allocate(tape, 256 * 4, w.kind)
+        loading.allocate(tape, -(-blocks // NESTED_BLOCK_SIZE) * 4, w.kind)
+        loading.allocate(tape, blocks, w.kind)
+        tape += [(centred, 0), (absmax, 0)]
+    tape.append((plain, 0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from memplan.architectures.builder import Weight
 from memplan.architectures.decoder import Decoder
-from memplan.memory.loading import load_tape
+from memplan.memory.loading import load
 from memplan.memory.optimizers import OPTIMIZERS, Param
 from memplan.memory.record import Head, Stream, record_embedding, record_head, record_layer
 from memplan.memory.segment import PORT_DY, PORT_X, Segment
@@ -19,6 +19,9 @@ from memplan.ops.tensor import Tape, round_block
 
 Link = tuple[int, int, int, int]
 """(to frame, to slot, from frame, from slot)"""
+
+EMPTY_CACHE: Tape = []
+"""The play of `torch.cuda.empty_cache()`: this very list."""
 
 
 @dataclass(slots=True)
@@ -58,8 +61,7 @@ class Program:
         return self.frame([kind] * num_slots, {slot: size for slot, size in tape if size})
 
     def play(self, phase: str, step: int, frame: int, tape: Tape, links: Iterable[Link] = ()) -> None:
-        if tape or links:
-            self.plays.append(Play(phase, step, frame, tape, tuple(links)))
+        self.plays.append(Play(phase, step, frame, tape, tuple(links)))
 
 
 @dataclass
@@ -124,9 +126,13 @@ class Composer:
     def _load(self, pieces: Pieces) -> None:
         program = self.program
         program.weights = self.all_weights(pieces)
-        tape, kinds = load_tape(program.weights, self.config)
-        frame = program.frame(kinds, {slot: size for slot, size in tape if size})
-        program.play("load", 0, frame, tape)
+        loading = load(program.weights, self.config)
+        frame = program.frame(loading.kinds, {slot: size for slot, size in loading.events() if size})
+        program.play("load", 0, frame, loading.base)
+        program.play("prepare", 0, frame, loading.casts)
+        if loading.empties_cache:
+            program.play("prepare", 0, frame, EMPTY_CACHE)
+        program.play("prepare", 0, frame, loading.adapters)
         ids = round_block(self.config.tokens_per_micro_batch * 8)
         program.play("load", 0, program.frame(["inputs"] * 2, {0: ids, 1: ids}), [(0, ids), (1, ids)])
 
@@ -152,10 +158,10 @@ class Composer:
         h = program.frame_of(head.segment)
         program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)])
         # The model's forward returns: its locals go.
-        keeps_shared = any(layer.keeps_shared for layer in layers)
-        frees_shared: Tape = [(s, 0) for s in pieces.shared_slots]
-        if not keeps_shared:
-            program.play("forward", step, e, frees_shared)
+        kept = [any(layer.keeps_shared[i] for layer in layers) for i in range(len(pieces.shared_slots))]
+        shared = list(zip(pieces.shared_slots, kept, strict=True))
+        program.play("forward", step, e, [(s, 0) for s, keep in shared if not keep])
+        frees_shared: Tape = [(s, 0) for s, keep in shared if keep]
         if layers[0].x_dies == "model" and not self.leaf_embeddings:
             program.play("forward", step, e, [(embedding.out_slot, 0)])
         program.play("loss", step, h, head.loss)
@@ -177,8 +183,8 @@ class Composer:
                 tape = [event for event in tape if event != (PORT_X, 0)]
             program.play("backward", step, f, tape, [(f, PORT_DY, before, slot)])
             before, slot = f, layer.dx_slot
-        if keeps_shared:
-            program.play("backward", step, e, frees_shared)
+        # The reentrant checkpoint's context holds its arguments as long as the graph lives.
+        program.play("clip" if self.config.reentrant else "backward", step, e, frees_shared)
         if slot >= 0 and not self.leaf_embeddings:
             program.play("backward", step, e, embedding.backward, [(e, PORT_DY, before, slot)])
         # The loop lets go of the loss, and with it of the graph.

@@ -70,7 +70,8 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
         y = checkpoint_reentrant(layer, x)
     else:
         y = checkpoint(layer, x)
-    keeps_shared = config.gradient_checkpointing or any(t.storage.refs > 1 for t in stand_ins.tensors())
+    # A checkpoint keeps all its arguments.
+    keeps_shared = tuple([config.gradient_checkpointing or t.storage.refs > 1 for t in stand_ins.tensors()])
     held = x if keeps_x else None
     del x
     forward = m.new_tape()
@@ -82,7 +83,7 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
         run_backward(y, [recorder.port_dy(y)])
     dx = collector.meta if collector is not None else None
     tapes = forward, after, m.new_tape()
-    segment = finish(kind, recorder, build, tapes, out=y, dx=dx, keeps_shared=keeps_shared and y.requires_grad)
+    segment = finish(kind, recorder, build, tapes, out=y, dx=dx, keeps_shared=keeps_shared)
     if dies_with_model:
         segment.x_dies = "model"
     return segment
@@ -110,7 +111,9 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
         loss_tape = m.new_tape()
         m.cast_cache.clear()
         after = m.new_tape()
-        run_backward(loss, [m.empty((), DType.fp32)])
+        ones = m.empty((), DType.fp32)  # torch.autograd.backward holds it until it returns
+        run_backward(loss, [ones.detach()])
+        del ones
     dx = collector.meta if collector is not None else None
     backward = m.new_tape()
     # the scalar itself dies when the loop lets go of it

@@ -43,8 +43,8 @@ class Segment:
     out_requires_grad: bool = False
     x_dies: str = ""
     """Where this segment lets go of what came in: "forward" or "backward"."""
-    keeps_shared: bool = False
-    """The shared tensors (rotary tables, mask) are needed until its backward is over."""
+    keeps_shared: tuple[bool, ...] = ()
+    """Which of the shared tensors (positions, rotary tables, mask) are needed until its backward is over."""
     sizes: dict[int, int] = field(default_factory=dict)
     """Bytes of every slot, ports included."""
 
@@ -101,7 +101,7 @@ def finish(
     *,
     out: Tensor | None,
     dx: Tensor | None,
-    keeps_shared: bool = False,
+    keeps_shared: tuple[bool, ...] = (),
 ) -> Segment:
     """Closes the recording. `out` and `dx` are still held by the caller; nothing that dies now is on a tape."""
     machine = recorder.machine

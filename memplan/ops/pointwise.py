@@ -5,7 +5,7 @@ torch/csrc/autograd/FunctionsManual.cpp of torch 2.11.
 
     add, sub        nothing                     / nothing: both inputs get the incoming gradient itself
     mul             each factor, if the other one needs a gradient / one product per factor
-    mul by number   a host scalar (no bytes)    / one product
+    mul by number   nothing                     / one product
     to(dtype)       nothing                     / a cast back
     pow(2)          input                       / three temporaries of the input's size, one stays
     mean(-1)        nothing                     / one tensor of the input's size
@@ -20,11 +20,10 @@ torch/csrc/autograd/FunctionsManual.cpp of torch 2.11.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 from memplan.dtypes import DType
 from memplan.ops.autograd import Backward, Grads, Node, attach, record, result_of, save_result
-from memplan.ops.tensor import EXTERNAL, Machine, Shape, Storage, Tensor
+from memplan.ops.tensor import Shape, Tensor
 
 GradList = list[Tensor | None]
 
@@ -49,11 +48,6 @@ def broadcast(a: Shape, b: Shape) -> Shape:
     width = max(len(a), len(b))
     a, b = (1,) * (width - len(a)) + a, (1,) * (width - len(b)) + b
     return tuple([max(m, n) for m, n in zip(a, b, strict=True)])
-
-
-def host_scalar(machine: Machine) -> Tensor:
-    """A number wrapped as a tensor: it is saved like one, but lives on the host."""
-    return Tensor(Storage(machine, 0, slot=EXTERNAL), (), DType.fp32)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -98,10 +92,9 @@ def _mul_backward(node: Node, grads: GradList) -> Grads:
 
 
 def mul_number(x: Tensor) -> Tensor:
-    """x * number, x / number."""
+    """x * number, x / number: the number stays on the host and is not packed."""
     m = x.machine
-    node = record(m, same_size_backward, (x,), (host_scalar(m),) if m.grad_enabled and x.requires_grad else ())
-    return result_of(node, m, x.shape, x.dtype)
+    return result_of(record(m, same_size_backward, (x,)), m, x.shape, x.dtype)
 
 
 def same_size_backward(node: Node, grads: GradList) -> Grads:
@@ -283,7 +276,3 @@ def add_in_place(x: Tensor, other: Tensor) -> Tensor:
     m = x.machine
     node = record(m, _add_backward, (x, other))
     return attach(node, Tensor(x.storage, x.shape, x.dtype)) if node is not None else x
-
-
-def num_bytes(shape: Shape, dtype: DType) -> int:
-    return prod(shape) * dtype.itemsize

@@ -1,0 +1,63 @@
+"""Replays a program on the caching allocator: allocated and reserved bytes as `torch.cuda` would report them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memplan.memory.allocator import CachingAllocator
+from memplan.memory.allocator_blocks import Block
+from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.allocator_replay import replay
+from memplan.memory.program import EMPTY_CACHE, Program
+
+
+@dataclass(slots=True)
+class PhaseMemory:
+    """Bytes at the end of a phase and at its highest, of both tiers."""
+
+    allocated_bytes: int
+    peak_allocated_bytes: int
+    reserved_bytes: int
+    peak_reserved_bytes: int
+
+
+@dataclass
+class Simulation:
+    phases: list[dict[str, PhaseMemory]] = field(default_factory=list)
+    peak_allocated_bytes: int = 0
+    peak_reserved_bytes: int = 0
+
+
+def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulation:
+    """Plays `program` on a fresh allocator.
+
+    Raises:
+        memplan.memory.allocator.OutOfMemory: the limit in `config` was reached.
+    """
+    allocator = CachingAllocator(config)
+    result = Simulation()
+    frames: list[list[Block | None]] = [[None] * frame.num_slots for frame in program.frames]
+    here: tuple[int, str] | None = None
+    for play in program.plays:
+        if (play.step, play.phase) != here:
+            here = play.step, play.phase
+            while len(result.phases) <= play.step:
+                result.phases.append({})
+            memory = result.phases[play.step].get(play.phase)
+            if memory is None:
+                memory = result.phases[play.step][play.phase] = PhaseMemory(0, 0, 0, 0)
+            allocator.reset_peak()
+        for to_frame, to_slot, from_frame, from_slot in play.links:
+            frames[to_frame][to_slot] = frames[from_frame][from_slot]
+        if play.tape is EMPTY_CACHE:
+            allocator.empty_cache()
+        else:
+            replay(allocator, play.tape, frames[play.frame])
+        memory.allocated_bytes = allocator.allocated_bytes
+        memory.reserved_bytes = allocator.reserved_bytes
+        memory.peak_allocated_bytes = max(memory.peak_allocated_bytes, allocator.peak_allocated_bytes)
+        memory.peak_reserved_bytes = max(memory.peak_reserved_bytes, allocator.peak_reserved_bytes)
+    all_phases = [m for step in result.phases for m in step.values()]
+    result.peak_allocated_bytes = max(m.peak_allocated_bytes for m in all_phases)
+    result.peak_reserved_bytes = max(m.peak_reserved_bytes for m in all_phases)
+    return result
