@@ -163,7 +163,7 @@ def _base_model(folder: Path) -> str:
 def adapter_settings(path: str | Path) -> dict[str, Any]:
     """TrainConfig's adapter fields from a PEFT `adapter_config.json`, or from a folder that holds one.
 
-    These are `rank`, `target_modules`, `lora_dropout`, `use_dora` and `modules_to_save`, as far as it says.
+    That is `rank`, `target_modules`, `lora_dropout`, `use_dora` and `modules_to_save`, as far as it says.
 
     Raises:
         InvalidSpecError: no such file, not a JSON object, or not a LoRA adapter.
