@@ -18,6 +18,7 @@ import typer
 
 from memplan.calibration.design_models import FAMILIES, Shape, hf_config, num_params
 from memplan.calibration.record import Case, write_cases
+from memplan.errors import MemplanError
 from memplan.train_config import TrainConfig
 from memplan.units import GIB
 
@@ -179,8 +180,7 @@ def _shrink(
     model_type: str, shape: Shape, said: dict[str, Any], max_bytes: int, max_seconds: float,
     bytes_of: BytesOf | None,
 ) -> tuple[Shape, dict[str, Any]]:  # fmt: skip
-    """The case within its bounds: tokens first, then depth, then the vocabulary."""
-    said = dict(said)
+    """The case within its bounds: fewer tokens first, then less depth, vocabulary and width."""
     while True:
         config = TrainConfig(**said)
         if bytes_of is None:
@@ -191,17 +191,25 @@ def _shrink(
         seconds = 3 * 8 * num_params(model_type, shape) * tokens / _SLOW_FLOPS_PER_SECOND
         if num_bytes <= max_bytes and seconds <= max_seconds:
             return shape, said
-        if config.gradient_accumulation_steps > 1:
-            del said["gradient_accumulation_steps"]
-        elif config.micro_batch_size > 2:
-            said["micro_batch_size"] = max(2, config.micro_batch_size // 2)
-        elif config.seq_len > 512:
-            said["seq_len"] = config.seq_len // 2
-        elif shape.num_layers > 2:
-            shape = replace(shape, num_layers=max(2, shape.num_layers // 2))
-        else:
-            assert shape.vocab_size > 8000, "the smallest case does not fit the card"
-            shape = replace(shape, vocab_size=shape.vocab_size // 2)
+        shape, said = _smaller(shape, said, config)
+
+
+def _smaller(shape: Shape, said: dict[str, Any], config: TrainConfig) -> tuple[Shape, dict[str, Any]]:
+    if config.gradient_accumulation_steps > 1:
+        return shape, {name: value for name, value in said.items() if name != "gradient_accumulation_steps"}
+    if config.micro_batch_size > 2:
+        return shape, {**said, "micro_batch_size": max(2, config.micro_batch_size // 2)}
+    if config.seq_len > 512:
+        return shape, {**said, "seq_len": config.seq_len // 2}
+    if shape.num_layers > 2:
+        return replace(shape, num_layers=max(2, shape.num_layers // 2)), said
+    if shape.vocab_size > 16000:
+        return replace(shape, vocab_size=shape.vocab_size // 2), said
+    if shape.hidden_size > 1024:
+        heads = (shape.num_heads // 2, max(1, shape.num_kv_heads // 2))
+        halved = replace(shape, hidden_size=shape.hidden_size // 2, num_heads=heads[0], num_kv_heads=heads[1])
+        return replace(halved, intermediate_size=shape.intermediate_size // 2), said
+    raise MemplanError("not even a small model fits these bounds", hints=["raise --max-gib or --max-seconds"])
 
 
 def main(

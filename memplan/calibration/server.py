@@ -87,9 +87,10 @@ def _child(case: Case, runner: Runner, answer: Path, log: Path | None) -> None:
     code = 1
     try:
         if log is not None:
-            target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(target, 1)
-            os.dup2(target, 2)
+            target = log.open("a", buffering=1, encoding="utf-8")
+            os.dup2(target.fileno(), 1)  # what C libraries print
+            os.dup2(target.fileno(), 2)
+            sys.stdout = sys.stderr = target
             print(f"--- {case.id}", flush=True)
         record = runner(case)
         partial = answer.with_suffix(".partial")

@@ -7,8 +7,8 @@ A file holds parts (the load and one step, or the whole run). A part is a header
     [action, address, bytes, mark, stack, stream if not 0]
 
 `mark` and `stack` index into the header's lists (-1: none). `bytes` is what was asked for, before the
-allocator rounds. `segments` is the allocator's state as the part begins: [address, bytes, "small" | "large", stream,
-[[bytes, requested bytes, "a" | "i"], …]], the inner lists being the segment's blocks, active or inactive.
+allocator rounds. `segments` is the allocator's state as the part begins: [address, bytes, "small" | "large",
+stream, [[bytes, requested bytes, "a" | "i"], …]], the inner lists being the segment's blocks, active or not.
 """
 
 from __future__ import annotations
