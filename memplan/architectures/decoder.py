@@ -105,6 +105,10 @@ class Decoder:
         """Width of the rotary tables; None for a model without."""
         return self.spec.rotary_dim or self.spec.head_dim
 
+    def warnings(self) -> list[str]:
+        """What the user should know of this model and run, one sentence each."""
+        return []
+
     # What all share
 
     @property

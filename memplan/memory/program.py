@@ -47,6 +47,7 @@ class Program:
     plays: list[Play] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
+    optimizer_state_bytes: int = 0
 
     def frame(self, kinds: list[str], sizes: dict[int, int]) -> int:
         self.frames.append(Frame(len(kinds), kinds, sizes))
@@ -209,6 +210,7 @@ class Composer:
         plan = OPTIMIZERS[config.optimizer].plan(params, max_grad_norm=config.max_grad_norm)
         if config.max_grad_norm:
             program.play("clip", step, program.frame_for(plan.clip, "temporaries"), plan.clip)
+        program.optimizer_state_bytes = plan.state_bytes
         if frame is None:
             frame = program.frame(plan.kinds, {slot: size for slot, size in plan.first if size})
             program.play("optimizer", step, frame, plan.first)

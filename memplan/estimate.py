@@ -1,0 +1,188 @@
+"""`estimate`: the one call behind everything else.
+
+The tensor ledger (what is alive when) is there at once, in milliseconds whatever the depth; the caching allocator is
+played when a tier is first asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
+
+from memplan import catalog, gpus
+from memplan.architectures import decoder_for
+from memplan.errors import MemplanError
+from memplan.gpus import GpuSpec
+from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.ledger import Ledger, fold
+from memplan.memory.program import Composer, Program
+from memplan.memory.runtime import Runtime, runtime_for
+from memplan.memory.simulate import Simulation, simulate
+from memplan.model_spec import ModelSpec
+from memplan.ops.tensor import round_block
+from memplan.train_config import TrainConfig
+
+ModelLike = ModelSpec | str | os.PathLike[str]
+COMPONENTS = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer_states",
+    "activations",
+    "loss",
+    "temporaries",
+    "workspaces",
+    "inputs",
+    "allocator_rounding",
+)
+
+
+class Estimate:
+    """What one run takes, tier by tier. All sizes are bytes; peaks are over load and the steps.
+
+    `allocated_bytes` is what `torch.cuda.max_memory_allocated` reports, `reserved_bytes`
+    `max_memory_reserved`, `process_bytes` what NVML shows as used on an otherwise idle card.
+    """
+
+    def __init__(
+        self, model: ModelSpec, config: TrainConfig, gpu: GpuSpec | None, allocator: AllocatorConfig | None = None
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.gpu = gpu
+        self.allocator_config = allocator or AllocatorConfig()
+        self.runtime: Runtime = runtime_for(gpu)
+        decoder = decoder_for(model, config)
+        self.program: Program = Composer(decoder, workspace_bytes=self.runtime.workspace_bytes).compose()
+        self.ledger: Ledger = fold(self.program)
+        self.warnings: tuple[str, ...] = tuple(decoder.warnings())
+
+    @cached_property
+    def simulation(self) -> Simulation:
+        """The program played on the caching allocator."""
+        return simulate(self.program, self.allocator_config)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.simulation.peak_allocated_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.simulation.peak_reserved_bytes
+
+    @property
+    def process_bytes(self) -> int:
+        return self.reserved_bytes + self.runtime.beside_reserved(self.config)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Peak of live tensors, each in whole blocks of 512 bytes: `allocated_bytes` less what the allocator
+        hands out beyond the request. The fast lower bound."""
+        return self.ledger.peak_bytes
+
+    @property
+    def peak_phase(self) -> str:
+        """Where in the step the allocated peak falls."""
+        return self.ledger.peak_phase
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes alive at the allocated peak by what they are for; they sum to `allocated_bytes`."""
+        alive = self.ledger.components
+        parts = {name: alive.get(name, 0) for name in COMPONENTS}
+        parts["allocator_rounding"] = self.allocated_bytes - self.ledger.peak_bytes
+        assert sum(parts.values()) == self.allocated_bytes, (parts, alive)
+        return {name: size for name, size in parts.items() if size}
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Allocated peak of each phase of a step in the steady state, and of the load."""
+        steps = self.simulation.phases
+        peaks = {name: memory.peak_allocated_bytes for name, memory in steps[-1].items()}
+        load = max(m.peak_allocated_bytes for name, m in steps[0].items() if name in ("load", "prepare"))
+        return {"load": load, **peaks}
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model, adapters included, tied ones once."""
+        return sum(w.numel for w in self.program.weights if not w.buffer)
+
+    @property
+    def num_trainable_params(self) -> int:
+        return sum(w.numel for w in self.program.weights if w.trains)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the saved adapter (tensors of adapter_model.safetensors); 0 for a full fine-tune."""
+        if not self.config.trains_adapters:
+            return 0
+        return sum(w.numel * w.dtype.itemsize for w in self.program.weights if w.trains)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of the saved model (tensors of its safetensors files) in the dtype it is trained in; with
+        adapters that of the adapter."""
+        if self.config.trains_adapters:
+            return self.adapter_bytes
+        return sum(w.numel * w.dtype.itemsize for w in self.program.weights if not w.buffer)
+
+    def bytes_of(self, component: str) -> int:
+        """Resident bytes of `weights`, `adapters`, `gradients` or `optimizer_states`, wherever the peak falls."""
+        weights = self.program.weights
+        if component in ("weights", "adapters"):
+            return sum(w.resident_bytes for w in weights if w.kind == component)
+        if component == "gradients":
+            return sum(round_block(w.numel * w.dtype.itemsize) for w in weights if w.trains)
+        assert component == "optimizer_states", component
+        return self.program.optimizer_state_bytes
+
+
+def estimate(
+    model: ModelLike,
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    gpu: GpuSpec | str | None = None,
+    allocator: AllocatorConfig | str | None = None,
+    **fields: Any,
+) -> Estimate:
+    """What fine-tuning `model` takes.
+
+    Args:
+        model: a name of the catalogue, a Hub id, a path to a config.json or its folder, or a ModelSpec.
+        config: the run; or give its fields as keywords: `estimate("llama-7b", method="qlora", rank=16)`.
+        gpu: a name, a size such as `24GiB`, or `auto`; decides workspaces and what the driver takes.
+        allocator: PYTORCH_ALLOC_CONF, as text or parsed.
+
+    Raises:
+        MemplanError: an unknown model, GPU or optimizer, or fields that make no run.
+    """
+    spec = model if isinstance(model, ModelSpec) else catalog.load(model)
+    run = make_config(config, **fields)
+    card = gpus.get(gpu) if isinstance(gpu, str) else gpu
+    settings = AllocatorConfig.parse(allocator) if isinstance(allocator, str) else allocator
+    return Estimate(spec, run, card, settings)
+
+
+def make_config(config: TrainConfig | Mapping[str, Any] | None = None, **fields: Any) -> TrainConfig:
+    """A TrainConfig from one, from a mapping, or from keywords; keywords win.
+
+    Raises:
+        MemplanError: what pydantic finds wrong, in one line.
+    """
+    try:
+        if isinstance(config, TrainConfig):
+            return config.but(**fields) if fields else config
+        return TrainConfig(**{**(config or {}), **fields})
+    except ValidationError as error:
+        raise MemplanError(*_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> tuple[str]:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return (f"{where}: {message}" if where else message,)
