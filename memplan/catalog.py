@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in spec_dir().glob("*.json")))
 
 
-def load(name_or_path: str | Path) -> ModelSpec:
+def load(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     """The spec behind a bundled name or alias, the path of a `config.json` or its folder, or a Hub id.
 
     Names are matched whatever their case and separators. A folder with only an adapter means its base model.
@@ -46,26 +47,29 @@ def load(name_or_path: str | Path) -> ModelSpec:
         InvalidSpecError: a config was found and cannot be used.
         MemplanError: the Hub was needed and could not answer.
     """
-    text = str(name_or_path)
-    if not isinstance(name_or_path, Path):
-        if _FILE_NAME.fullmatch(text.lower()) and (spec_dir() / f"{text.lower()}.json").is_file():
+    text = os.fspath(name_or_path)
+    if isinstance(name_or_path, str):
+        if _FILE_NAME.fullmatch(text.lower()) and _is_there(spec_dir() / f"{text.lower()}.json"):
             return _bundled(text.lower())
         name = _index().get(_key(text))
         if name is not None:
             return _bundled(name)
-    path = Path(text)
-    if path.is_dir() and not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+    path = Path(os.path.expanduser(text))
+    if _is_there(path / "adapter_config.json") and not _is_there(path / "config.json"):
         return load(_base_model(path))
-    if (
-        isinstance(name_or_path, Path)
-        or path.exists()
-        or path.suffix == ".json"
-        or text.startswith((".", "/", "~"))
-    ):
-        return ModelSpec.from_hf_config(path.expanduser())
+    is_path = not isinstance(name_or_path, str) or text.startswith((".", "/", "~")) or path.suffix == ".json"
+    if is_path or _is_there(path):
+        return ModelSpec.from_hf_config(path)
     if _HUB_ID.fullmatch(text):
         return _from_hub(text)
     raise UnknownNameError("model", text, names(), listed_by="memplan models")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def all_specs() -> tuple[ModelSpec, ...]:

@@ -13,7 +13,7 @@ from memplan.errors import MemplanError, UnknownNameError
 from memplan.gpu_table import ROWS, GpuSpec
 from memplan.units import parse_size
 
-__all__ = ["COMMON", "DetectedGpu", "GpuSpec", "detect", "get", "names"]
+__all__ = ["COMMON", "DetectedGpu", "GpuSpec", "candidates", "detect", "get", "match_product", "names"]
 
 # One card of each size people meet, smallest first: the columns of an overview.
 COMMON = ("rtx-4060", "rtx-3060", "rtx-4080", "rtx-4090", "rtx-5090", "l40s", "a100-80gb", "h200")
@@ -49,6 +49,11 @@ def _by_key() -> dict[str, tuple[GpuSpec, ...]]:
     return shared | exact
 
 
+def candidates(text: str) -> tuple[GpuSpec, ...]:
+    """Every row that `text` may mean: none if unknown, several if it is ambiguous."""
+    return _by_key().get(_key(text), ())
+
+
 def get(text: str) -> GpuSpec:
     """The GPU of that name (case and separators do not matter), a nameless one of a size such as `24GiB`, or
     with `auto` the one in this machine.
@@ -59,9 +64,9 @@ def get(text: str) -> GpuSpec:
     """
     if text.strip().lower() == "auto":
         return detect().spec
-    if _SIZE_LIKE.fullmatch(text) and _key(text) not in _by_key():
+    rows = candidates(text)
+    if not rows and _SIZE_LIKE.fullmatch(text):
         return GpuSpec(name=text.strip(), memory_bytes=parse_size(text), memory_source="as given")
-    rows = _by_key().get(_key(text), ())
     if len(rows) == 1:
         return rows[0]
     if rows:

@@ -128,6 +128,14 @@ def test_an_unknown_name_names_the_nearest() -> None:
     assert "llama-7b" in caught.value.near
 
 
+@pytest.mark.parametrize(
+    "text", ["", " ", "x" * 5000, "a\0b", "llama-7b/../x", "../../etc/passwd", "/", "~no-such-user"]
+)
+def test_a_strange_name_ends_in_an_error_for_its_user(text: str) -> None:
+    with pytest.raises(MemplanError):
+        catalog.load(text)
+
+
 ADAPTER = {
     "peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "r": 8, "lora_alpha": 16,
     "lora_dropout": 0.05, "target_modules": ["v_proj", "q_proj"], "modules_to_save": ["lm_head"],
