@@ -37,7 +37,10 @@ def build(
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[weight_dtype], attn_implementation=attention
+            config,
+            dtype=DTYPES[weight_dtype],
+            # Left to transformers, it is sdpa where the family supports it and eager where not.
+            attn_implementation=None if attention == "sdpa" else attention,
         )
     num_params = sum(parameter.numel() for parameter in model.parameters())
     checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}

@@ -26,6 +26,8 @@ class OracleResult:
     input_bytes: int
     num_params: int
     num_trainable: int
+    attention: str
+    """What runs: `eager` for a family without sdpa support, whatever was asked."""
     events: list[Event] | None = field(repr=False)
 
 
@@ -76,7 +78,7 @@ def run(
         gradient_checkpointing=gradient_checkpointing,
         reentrant=reentrant,
     )
-    tracker = Tracker(record=events, kernels=cuda.KERNELS, scratch=cuda.SCRATCH, scalar=cuda.scalar_value)
+    tracker = Tracker(record=events, kernels=cuda.KERNELS, outputs=cuda.OUTPUTS, scratch=cuda.SCRATCH, scalar=cuda.scalar_value)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(cuda.emulated(tracker, sdpa_first))
@@ -100,6 +102,7 @@ def run(
         model_bytes=model_bytes,
         input_bytes=input_bytes,
         num_params=num_params,
+        attention=model.config._attn_implementation,
         num_trainable=sum(p.numel() for p in trainable),
         events=tracker.events,
     )

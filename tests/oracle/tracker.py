@@ -17,12 +17,13 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -62,8 +63,9 @@ def block_bytes(num_bytes: int) -> int:
 class Tracker(TorchDispatchMode):
     """Counts live bytes while it is the active dispatch mode above a FakeTensorMode.
 
-    `kernels` maps an op overload to a Python function that runs in its place, itself tracked: what CUDA does where
-    the CPU build does otherwise. `scratch` maps an op to the bytes its CUDA kernel takes and gives back inside.
+    What CUDA does where the CPU build does otherwise comes in three tables, by op overload: `kernels`, a function that
+    runs in the op's place, itself tracked; `outputs`, a function that replaces what the op returned; `scratch`, the
+    bytes that its kernel takes and gives back inside.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Tracker(TorchDispatchMode):
         *,
         record: bool = False,
         kernels: dict[Any, Callable[..., Any]] | None = None,
+        outputs: dict[Any, Callable[..., Any]] | None = None,
         scratch: dict[Any, Callable[..., list[int]]] | None = None,
         scalar: Callable[[torch.Tensor], Any] | None = None,
     ) -> None:
@@ -82,11 +85,13 @@ class Tracker(TorchDispatchMode):
         self.phase = "load"
         self.module_names: dict[int, str] = {}
         self._kernels = kernels or {}
+        self._outputs = outputs or {}
         self._scratch = scratch or {}
         self._scalar = scalar
         self._live: dict[int, _Storage] = {}
         self._num_storages = 0
         self._host = 0
+        self._host_keys: set[int] = set()
         self._summed: tuple[int, int] | None = None  # (storage of a sum just made, storage of its first term)
 
     # --- phases -----------------------------------------------------------------------------------------------
@@ -117,6 +122,8 @@ class Tracker(TorchDispatchMode):
         if key in self._live:
             return False
         num_bytes = 0 if self._host else block_bytes(storage.nbytes())
+        if self._host:
+            self._host_keys.add(key)
         self._num_storages += 1
         ref = weakref.ref(storage, lambda _, key=key: self._released(key))
         self._live[key] = _Storage(
@@ -153,6 +160,7 @@ class Tracker(TorchDispatchMode):
 
     def _released(self, key: int) -> None:
         storage = self._live[key]
+        self._host_keys.discard(key)
         if self._summed is not None and self._summed[1] == key:
             # In-place sum: the new storage is the old one under another name.
             summed = self._live[self._summed[0]]
@@ -184,6 +192,8 @@ class Tracker(TorchDispatchMode):
                 out = kernel(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
+            if func in self._outputs:
+                out = self._outputs[func](out, *args, **kwargs)
         scratch = self._scratch.get(func)
         if isinstance(out, torch.Tensor):
             self._made(func, args, out, scratch and scratch(out, *args, **kwargs))
@@ -203,7 +213,8 @@ class Tracker(TorchDispatchMode):
             self._settle()
             key = out.untyped_storage()._cdata
             where = self._where() if self.events is not None else ""
-            self.watch(out, str(func), where)
+            with self.on_host() if self._host_keys and self._from_host(args) else nullcontext():
+                self.watch(out, str(func), where)
             if func is aten.add.Tensor and self._owned_sum(args):
                 self._summed = (key, args[0].untyped_storage()._cdata)
             else:
@@ -227,6 +238,11 @@ class Tracker(TorchDispatchMode):
         for storage in reversed(taken):
             self.live_bytes -= storage.num_bytes
             self._log(storage, -storage.num_bytes)
+
+    def _from_host(self, args: tuple[Any, ...]) -> bool:
+        """Whether every tensor in `args`, one at least, lives on the host."""
+        tensors = [item for item in tree_leaves(args) if isinstance(item, torch.Tensor)]
+        return bool(tensors) and all(item.untyped_storage()._cdata in self._host_keys for item in tensors)
 
     def _owned_sum(self, args: tuple[Any, ...]) -> bool:
         """Whether `add(*args)` is autograd summing two gradients, the first of them dense."""
