@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 from memplan.errors import InvalidSpecError, UnknownNameError
 from memplan.hf_families import FAMILIES, OLD_MODEL_TYPES, OTHER_KEYS, TEXT_MODEL_TYPES, Family
+from memplan.hf_rules import FAMILY_RULES, fill_rotary, fill_sliding, fill_widths
 
 MAX_FILE_BYTES = 16 * 2**20
-MAX_LAYERS = 2**12
 
 # ModelSpec's fields that a config may carry, most under the same name.
 _PLAIN = (
@@ -131,11 +131,11 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         if key in known:  # a key that the config class lacks has no effect on the model
             fields[name] = config[key]
     fields |= family.fixed
-    _fill_widths(fields, config, family)
-    _fill_sliding(fields, config, family)
-    _fill_rotary(fields, config, family)
-    if model_type in _FAMILY_RULES:
-        _FAMILY_RULES[model_type](fields, config)
+    fill_widths(fields, config, family)
+    fill_sliding(fields, config, family)
+    fill_rotary(fields, config, family)
+    if model_type in FAMILY_RULES:
+        FAMILY_RULES[model_type](fields, config)
     notes += _notes(model_type, family, text)
 
     for name in (
@@ -182,148 +182,6 @@ def _given(model_type: str, named: str, text: Mapping[str, Any]) -> dict[str, An
     if named == "RefinedWeb":  # falcon-40b's own code: grouped queries with no key that says so
         given.setdefault("new_decoder_architecture", True)
     return given
-
-
-def _whole(fields: Mapping[str, Any], name: str) -> int:
-    """A size that other sizes are derived from, before ModelSpec checks the rest."""
-    value = fields.get(name)
-    if type(value) is not int or value < 1:
-        raise InvalidSpecError(f"`{name}` must be a whole number above zero, not {value!r:.60}")
-    return value
-
-
-def _fill_widths(fields: dict[str, Any], config: Mapping[str, Any], family: Family) -> None:
-    hidden, heads = _whole(fields, "hidden_size"), _whole(fields, "num_attention_heads")
-    if fields.get("num_key_value_heads") is None:
-        fields["num_key_value_heads"] = heads
-    if fields.get("intermediate_size") is None:
-        fields["intermediate_size"] = 4 * hidden
-    head_dim = None if family.derives_head_dim else config.get("head_dim")
-    if head_dim is None:
-        if hidden % heads:
-            raise InvalidSpecError(
-                f"`hidden_size` ({hidden}) is not a multiple of `num_attention_heads` ({heads})",
-                hints=[]
-                if family.derives_head_dim
-                else ["give `head_dim` if the heads are of another width"],
-            )
-        head_dim = hidden // heads
-    fields["head_dim"] = head_dim
-
-
-def _fill_sliding(fields: dict[str, Any], config: Mapping[str, Any], family: Family) -> None:
-    num_layers = _whole(fields, "num_hidden_layers")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    types = config.get("layer_types") if family.sliding not in ("none", "every") else None
-    if types is None:
-        slides = _sliding_rule(config, family, num_layers, window is not None)
-        types = ["sliding_attention" if slide else "full_attention" for slide in slides]
-    if not isinstance(types, list | tuple):
-        raise InvalidSpecError("`layer_types` is not a list")
-    if len(types) != num_layers <= MAX_LAYERS:
-        raise InvalidSpecError(f"`layer_types` has {len(types)} entries for {num_layers} layers")
-    any_slides = any(kind != "full_attention" for kind in types)
-    fields["layer_types"] = tuple(types) if any_slides else ()
-    fields["sliding_window"] = window if any_slides else None
-
-
-def _sliding_rule(config: Mapping[str, Any], family: Family, num_layers: int, has_window: bool) -> list[bool]:
-    layers = range(min(num_layers, MAX_LAYERS))
-    rule = family.sliding
-    if isinstance(rule, int):
-        pattern = config.get("sliding_window_pattern") or rule
-        if type(pattern) is not int:
-            raise InvalidSpecError("`sliding_window_pattern` is not a whole number")
-        return [bool((i + 1) % pattern) for i in layers]
-    if rule == "none" or not has_window:
-        return [False for _ in layers]
-    if rule == "every":
-        return [True for _ in layers]
-    if rule == "no_rope":
-        return [not rotates for rotates in _no_rope_layers(config, num_layers)]
-    first = config.get("max_window_layers")
-    if type(first) is not int:
-        raise InvalidSpecError("`max_window_layers` is not a whole number")
-    if rule == "upper":
-        return [i >= first for i in layers]
-    return [bool((i + 1) % 2) and i < first for i in layers]
-
-
-def _no_rope_layers(config: Mapping[str, Any], num_layers: int) -> list[int]:
-    flags = config.get("no_rope_layers")
-    if isinstance(flags, list | tuple):
-        return list(flags)
-    interval = config.get("no_rope_layer_interval")
-    if type(interval) is not int or interval < 1:
-        raise InvalidSpecError("`no_rope_layer_interval` is not a whole number above zero")
-    return [int((i + 1) % interval != 0) for i in range(min(num_layers, MAX_LAYERS))]
-
-
-def _fill_rotary(fields: dict[str, Any], config: Mapping[str, Any], family: Family) -> None:
-    """`rotary_dim` = int(head_dim · partial_rotary_factor), as the rotary modules compute it."""
-    if family.rotary_factor is None:
-        return
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
-    for key in family.rotary_factor_keys:
-        factor = config.get(key) if factor is None else factor
-    factor = family.rotary_factor if factor is None else factor
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-        raise InvalidSpecError(
-            f"`{family.rotary_factor_keys[0]}` must be above 0 and at most 1, not {factor!r:.60}"
-        )
-    head_dim = _whole(fields, "head_dim")
-    rotary = int(head_dim * factor)
-    if type(config.get("rotary_dim")) is int:  # the name it had in phi's first repositories
-        rotary = config["rotary_dim"]
-    fields["rotary_dim"] = rotary if rotary != head_dim else None
-
-
-def _falcon(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    new = config.get("new_decoder_architecture")
-    if not new:  # `num_kv_heads` counts only in the new architecture
-        fields["num_key_value_heads"] = 1 if config.get("multi_query") else fields["num_attention_heads"]
-    if fields["num_ln_in_parallel_attn"] is None:
-        fields["num_ln_in_parallel_attn"] = 2 if new else 1
-
-
-def _opt(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    if fields["word_embed_proj_dim"] is None:
-        fields["word_embed_proj_dim"] = fields["hidden_size"]
-    fields["final_norm"] = bool(fields["do_layer_norm_before"]) and not config.get("_remove_final_layer_norm")
-
-
-def _mpt(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    attention = config.get("attn_config")
-    dropout = attention.get("attn_pdrop", 0.0) if isinstance(attention, Mapping) else 0.0
-    fields |= {"attention_dropout": dropout, "hidden_dropout": dropout}
-
-
-def _smollm3(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    fields["no_rope_layers"] = tuple(_no_rope_layers(config, fields["num_hidden_layers"]))
-
-
-def _gptj(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    rotary = config.get("rotary_dim")
-    fields["rotary_dim"] = rotary if rotary != fields["head_dim"] else None
-
-
-def _deepseek(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    fields["head_dim"] = fields["qk_rope_head_dim"]
-    shared, width = fields["num_shared_experts"], fields["moe_intermediate_size"]
-    if type(shared) is int and type(width) is int:
-        fields["shared_expert_intermediate_size"] = shared * width
-
-
-_FAMILY_RULES = {
-    "falcon": _falcon,
-    "opt": _opt,
-    "mpt": _mpt,
-    "smollm3": _smollm3,
-    "gptj": _gptj,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
-}
 
 
 def _notes(model_type: str, family: Family, text: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from memplan.errors import InvalidSpecError
-from memplan.hf_config import MAX_LAYERS, canonical_fields, read_config
+from memplan.hf_config import canonical_fields, read_config
+from memplan.hf_rules import MAX_LAYERS
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
