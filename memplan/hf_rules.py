@@ -1,4 +1,4 @@
-"""What the config classes derive when they are made: head widths, sliding layers, rotary parts, family quirks.
+"""What the config classes derive when they are made: head widths, sliding layers, rotary parts, quirks.
 
 Each function completes `fields` (ModelSpec's) from `config` (the family's keys, class defaults filled in) and
 follows `__post_init__` of the family's class in transformers 5.17, or the modeling code where that decides.

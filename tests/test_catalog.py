@@ -111,6 +111,17 @@ def test_names_specs_and_folder_agree() -> None:
     assert len(catalog.names()) == len(list(catalog.spec_dir().glob("*.json")))
 
 
+def test_an_installed_package_reads_the_specs_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "memplan"
+    (package / "model_specs").mkdir(parents=True)
+    monkeypatch.setattr(catalog, "__file__", str(package / "catalog.py"))
+    assert catalog.spec_dir.__wrapped__() == package / "model_specs"
+    (package / "model_specs").rmdir()
+    assert catalog.spec_dir.__wrapped__() == tmp_path / "site-packages" / "model_specs"
+
+
 def test_a_path_or_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')

