@@ -17,18 +17,18 @@ STACK = [
     frame("forward", "/x/site-packages/transformers/models/llama/modeling_llama.py", 123),
 ]
 HISTORY = [
-    {"action": "segment_alloc", "addr": 0, "size": 2097152, "stream": 0, "time_us": 11, "frames": STACK},
-    {"action": "alloc", "addr": 0, "size": 1000, "stream": 0, "time_us": 12, "frames": STACK},
-    {"action": "alloc", "addr": 1024, "size": 5, "stream": 7, "time_us": 25, "frames": []},
-    {"action": "free_requested", "addr": 0, "size": 1000, "stream": 0, "time_us": 26, "frames": []},
-    {"action": "free_completed", "addr": 0, "size": 1000, "stream": 0, "time_us": 26, "frames": []},
+    {"action": "segment_alloc", "addr": 0, "size": 2097152, "stream": 0, "frames": STACK},
+    {"action": "alloc", "addr": 0, "size": 1000, "stream": 0, "frames": STACK},
+    {"action": "alloc", "addr": 1024, "size": 5, "stream": 7, "frames": []},
+    {"action": "free_requested", "addr": 0, "size": 1000, "stream": 0, "frames": []},
+    {"action": "free_completed", "addr": 0, "size": 1000, "stream": 0, "frames": []},
 ]
 SEGMENTS = [{
     "address": 9, "total_size": 2097152, "segment_type": "small", "stream": 0,
     "blocks": [{"size": 512, "requested_size": 4, "state": "active_allocated"},
                {"size": 2096640, "requested_size": 0, "state": "inactive"}],
 }]  # fmt: skip
-MARKS = [[10, 2, 0, "forward"], [20, 2, 0, "backward"]]
+MARKS = [[2, 0, "forward", 0, 0], [2, 0, "backward", 1, 0]]
 
 
 def part():
@@ -71,9 +71,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
 
 def test_a_file_stays_within_its_bound_and_says_what_it_dropped(tmp_path):
     path = tmp_path / "trace.jsonl.gz"
-    entries = [
-        {"action": "alloc", "addr": n * 7919, "size": n * n, "time_us": n, "frames": ()} for n in range(5000)
-    ]
+    entries = [{"action": "alloc", "addr": n * 7919, "size": n * n, "frames": ()} for n in range(5000)]
     write_trace(path, [compact("step 2", MARKS, [], entries)], max_bytes=10_000)
     (read,) = read_trace(path)
     assert path.stat().st_size <= 10_000

@@ -31,6 +31,8 @@ from memplan.errors import MemplanError
 from memplan.units import GIB
 
 _console = Console(stderr=True)
+# How CUDA words it when a parent had touched it before the fork.
+_FORK_SPOILED = ("re-initialize CUDA in forked subprocess", "CUDA error: initialization error")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -51,50 +53,49 @@ def main(
 ) -> None:
     """Measure every case and print a table."""
     try:
-        wanted = [c for c in read_cases(cases) if only in c.id]
-        done = {r.case.id for r in read_records(out).records} if out.exists() else set()
+        wanted = [case for case in read_cases(cases) if only in case.id]
+        done = {record.case.id for record in read_records(out).records} if out.exists() else set()
+        todo = [case for case in wanted if case.id not in done]
+        if snapshot:
+            todo = [case.model_copy(update={"snapshot": True}) for case in todo]
+        traces = trace_dir or out.with_name(out.name + ".traces")
+        num_left = measure(
+            todo, out, traces, timeout, limit_seconds, device=device, stacks=stacks, spawn=spawn
+        )
+        print_table(read_records(out).records)
     except MemplanError as error:
         for line in (f"error: {error.message}", *(f"hint: {hint}" for hint in error.hints)):
             print(line, file=sys.stderr)
         raise typer.Exit(2) from None
-    todo = [c for c in wanted if c.id not in done]
-    if snapshot:
-        todo = [c.model_copy(update={"snapshot": True}) for c in todo]
-    traces = trace_dir or out.with_name(out.name + ".traces")
-    try:
-        complete = measure(
-            todo, out, traces, timeout, limit_seconds, device=device, stacks=stacks, spawn=spawn
-        )
     except KeyboardInterrupt:
         print(f"interrupted; finished runs are in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-    records = read_records(out).records
-    print_table(records)
-    if not complete:
-        print(f"time limit: {len(todo) - len(records) + len(done)} cases not run", file=sys.stderr)
+    if num_left:
+        print(f"time limit: {num_left} cases not run", file=sys.stderr)
 
 
 def measure(
     cases: list[Case], out: Path, trace_dir: Path, timeout: float, limit_seconds: float | None, *,
     device: str = "cuda", stacks: str = "all", spawn: bool = False,
-) -> bool:  # fmt: skip
-    """Run the cases, appending to `out`; True if all were run before the time limit."""
+) -> int:  # fmt: skip
+    """Run the cases, appending to `out`; returns how many the time limit left out.
+
+    Raises:
+        MemplanError: no NVIDIA driver, or a library that measuring needs is not installed.
+    """
     began = time.monotonic()
-    one: Runner
-    if spawn:
-        one = partial(run_spawned, trace_dir=trace_dir, timeout=timeout, device=device, stacks=stacks)
-    else:
+    spawned: Runner = partial(run_spawned, trace_dir=trace_dir, timeout=timeout, device=device, stacks=stacks)
+    one = spawned
+    if not spawn:
         from memplan.calibration.preload import preload
 
         opened = preload(cases)
         if opened is not None:
-            _console.print(
-                f"importing {opened} opened CUDA: starting an interpreter a case instead of forking"
-            )
-            one = partial(run_spawned, trace_dir=trace_dir, timeout=timeout, device=device, stacks=stacks)
+            _console.print(f"importing {opened} opened CUDA: starting an interpreter a case, not forking")
         else:
             runner = partial(_run_here, trace_dir=trace_dir, device=device, stacks=stacks)
-            one = partial(run_forked, runner=runner, timeout=timeout, log=out.with_name(out.name + ".log"))
+            forked = partial(run_forked, runner=runner, timeout=timeout, log=out.with_name(out.name + ".log"))
+            one = _Falling(forked, spawned)
     if not out.exists() or not out.stat().st_size:
         from memplan.calibration.environment import read_environment
 
@@ -114,7 +115,22 @@ def measure(
                 _console.print(_line(record), highlight=False, soft_wrap=True)
 
         left = None if limit_seconds is None else limit_seconds - (time.monotonic() - began)
-        return run_all(cases, one, limit_seconds=left, on_record=keep)
+        return len(cases) - run_all(cases, one, limit_seconds=left, on_record=keep)
+
+
+class _Falling:
+    """Forks, until a child finds that CUDA cannot be opened in it; from then on starts interpreters."""
+
+    def __init__(self, forked: Runner, spawned: Runner) -> None:
+        self._one, self._spawned = forked, spawned
+
+    def __call__(self, case: Case) -> Record:
+        record = self._one(case)
+        if self._one is not self._spawned and any(sign in (record.error or "") for sign in _FORK_SPOILED):
+            _console.print("CUDA cannot be opened after a fork here: starting an interpreter a case")
+            self._one = self._spawned
+            record = self._one(case)
+        return record
 
 
 def run_spawned(case: Case, *, trace_dir: Path, timeout: float, device: str, stacks: str) -> Record:

@@ -6,23 +6,24 @@ On a device that is not CUDA every figure is 0: the same code then runs where th
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from memplan.calibration.record import DeviceReading, PhaseFigures
+from memplan.errors import MemplanError
 
 
 @dataclass
 class Mark:
-    """A phase began at `time_us` (microseconds since the epoch, the clock of the allocator's own trace)."""
+    """A phase began, after so many allocations and frees of this process (0 while nobody counts)."""
 
-    time_us: int
     step: int
     micro_step: int
     phase: str
+    num_allocs: int
+    num_frees: int
 
 
 @dataclass
@@ -33,13 +34,20 @@ class Meter:
     rows: list[PhaseFigures] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     current: Mark | None = None
+    counts: bool = False
+    """Count allocations at each mark: it is how a trace is cut into phases, and costs a fraction of a ms."""
 
     def begin(self, phase: str, step: int = 0, micro_step: int = 0) -> None:
         self.end()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.current = Mark(time.time_ns() // 1000, step, micro_step, phase)
+        self.current = Mark(step, micro_step, phase, *(self.count() if self.counts else (0, 0)))
         self.marks.append(self.current)
+
+    def count(self) -> tuple[int, int]:
+        """Allocations and frees of this process so far."""
+        stats = torch.cuda.memory_stats(self.device)
+        return stats.get("allocation.all.allocated", 0), stats.get("allocation.all.freed", 0)
 
     def end(self) -> None:
         """Close the open phase, if there is one, and read what it took."""
@@ -70,13 +78,21 @@ def allocator_figures(device: torch.device) -> tuple[int, int, int, int]:
 
 
 class Driver:
-    """NVML's view of every card; which of them is ours is known once CUDA is up (`choose`)."""
+    """NVML's view of every card; which of them is ours is known once CUDA is up (`choose`).
+
+    Raises:
+        MemplanError: there is no NVIDIA driver to ask.
+    """
 
     def __init__(self) -> None:
         import pynvml
 
         self._nvml: Any = pynvml
-        pynvml.nvmlInit()
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            hints = ["measuring needs a machine with an NVIDIA GPU; estimating needs none"]
+            raise MemplanError(f"no NVIDIA driver answers: {error}", hints=hints) from error
         self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         self._ours = 0
 

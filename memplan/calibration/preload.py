@@ -10,19 +10,30 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from memplan.calibration.record import Case
+from memplan.errors import MemplanError
 
 
 def preload(cases: Iterable[Case]) -> str | None:
-    """Import what the cases need. None if the process may fork, else the module whose import opened CUDA."""
+    """Import what the cases need. None if the process may fork, else the module whose import opened CUDA.
+
+    Raises:
+        MemplanError: a library that measuring needs is not installed.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # is_available() then asks NVML instead of opening a context.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise _not_installed(error) from error
 
     with _capability_from_nvml(torch):
         for name in ("bitsandbytes", "transformers", "peft", "transformers.trainer"):
-            importlib.import_module(name)
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise _not_installed(error) from error
             if torch.cuda.is_initialized():
                 return name
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,6 +51,12 @@ def preload(cases: Iterable[Case]) -> str | None:
             if torch.cuda.is_initialized():
                 return name
     return None
+
+
+def _not_installed(error: ImportError) -> MemplanError:
+    return MemplanError(
+        f"measuring needs a library that is not installed: {error}", hints=["pip install 'memplan[gpu]'"]
+    )
 
 
 def _own_modules(stacks: set[str]) -> Iterator[str]:

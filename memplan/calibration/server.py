@@ -66,19 +66,21 @@ def run_forked(case: Case, runner: Runner, *, timeout: float, log: Path | None =
 def run_all(
     cases: Iterable[Case], run_one: Callable[[Case], Record], *, limit_seconds: float | None = None,
     on_record: Callable[[Record], None],
-) -> bool:  # fmt: skip
-    """Run the cases one after the other; True if all were run.
+) -> int:  # fmt: skip
+    """Run the cases one after the other; returns how many were run.
 
     A case is not begun once `limit_seconds` have passed, nor when the longest case so far would overrun them.
     """
     began, longest = time.monotonic(), 0.0
+    num_run = 0
     for case in cases:
         now = time.monotonic()
         if limit_seconds is not None and now - began + longest > limit_seconds:
-            return False
+            break
         on_record(run_one(case))
         longest = max(longest, time.monotonic() - now)
-    return True
+        num_run += 1
+    return num_run
 
 
 def _child(case: Case, runner: Runner, answer: Path, log: Path | None) -> None:

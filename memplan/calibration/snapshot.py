@@ -23,6 +23,7 @@ class Recorder:
     parts: list[Part] = field(default_factory=list)
     _name: str = ""
     _first_mark: int = 0
+    _first_counts: tuple[int, int] = (0, 0)
     _segments: list[dict[str, Any]] = field(default_factory=list)
 
     def start(self, name: str) -> None:
@@ -30,6 +31,7 @@ class Recorder:
         os.environ.setdefault("TORCH_SYMBOLIZE_MODE", "dladdr")
         self._name, self._first_mark = name, len(self.meter.marks)
         self._segments = torch.cuda.memory_snapshot()
+        self.meter.counts, self._first_counts = True, self.meter.count()
         torch.cuda.memory._record_memory_history(
             enabled="all", context="alloc", stacks=self.stacks, clear_history=True
         )
@@ -40,7 +42,12 @@ class Recorder:
         name, self._name = self._name, ""
         traces = torch.cuda.memory._snapshot()["device_traces"]
         torch.cuda.memory._record_memory_history(enabled=None)
-        marks = [[m.time_us, m.step, m.micro_step, m.phase] for m in self.meter.marks[self._first_mark :]]
+        self.meter.counts = False
+        allocs, frees = self._first_counts
+        marks = [
+            [m.step, m.micro_step, m.phase, m.num_allocs - allocs, m.num_frees - frees]
+            for m in self.meter.marks[self._first_mark :]
+        ]
         number = self.meter.device.index or torch.cuda.current_device()
         self.parts.append(compact(name, marks, self._segments, traces[number]))
         self._segments = []

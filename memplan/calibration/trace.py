@@ -2,8 +2,8 @@
 
 A file holds parts (the load and one step, or the whole run). A part is a header line, then a line an event:
 
-    {"part": "step 2", "marks": [[time_us, step, micro_step, phase], …], "segments": […],
-     "stacks": [[frame, …], …], "num_events": N, "num_dropped": 0}
+    {"part": "step 2", "marks": [[step, micro_step, phase, allocations, frees before it], …],
+     "segments": […], "stacks": [[frame, …], …], "num_events": N, "num_dropped": 0}
     [action, address, bytes, mark, stack, stream if not 0]
 
 `mark` and `stack` index into the header's lists (-1: none). `bytes` is what was asked for, before the
@@ -61,7 +61,7 @@ class Part:
     num_dropped: int = 0
 
     def phase(self, event: Event) -> str:
-        return str(self.marks[event.mark][3]) if event.mark >= 0 else ""
+        return str(self.marks[event.mark][2]) if event.mark >= 0 else ""
 
     def entries(self) -> list[dict[str, Any]]:
         """The events as torch's own history words them, for `memory.allocator_trace.replay_trace`."""
@@ -89,12 +89,18 @@ def compact(
     name: str, marks: list[list[Any]], segments: Iterable[dict[str, Any]], entries: Iterable[dict[str, Any]]
 ) -> Part:
     """A Part from what `torch.cuda.memory._snapshot()` calls segments and a device's trace."""
-    stacks, times, events = _Stacks(), [mark[0] for mark in marks], []
+    stacks, events = _Stacks(), []
+    allocs, frees = [mark[3] for mark in marks], [mark[4] for mark in marks]
+    num_allocs = num_frees = 0
     for entry in entries:
         action = _ACTIONS.get(entry["action"])
         if action is None:
             continue
-        mark = bisect_right(times, entry.get("time_us", 0)) - 1
+        # A phase is told by counts: the trace's clock is not exact enough to cut at. What serves the next
+        # allocation (a segment taken, or given back to make room) belongs with it.
+        mark = bisect_right(frees, num_frees) - 1 if action == "f" else bisect_right(allocs, num_allocs) - 1
+        num_allocs += action == "a"
+        num_frees += action == "f"
         stack = stacks.number(entry.get("frames", ())) if action in ("a", "oom") else -1
         address, stream = int(entry.get("addr", 0)), int(entry.get("stream", 0))
         events.append(Event(action, address, int(entry["size"]), mark, stack, stream))
