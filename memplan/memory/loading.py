@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from memplan.architectures.builder import Weight
+from memplan.dtypes import DType
 from memplan.ops.quantized import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from memplan.ops.tensor import Tape, round_block
 from memplan.train_config import TrainConfig
@@ -55,10 +56,31 @@ def load(weights: list[Weight], config: TrainConfig) -> Loading:
     for slot, w in casts:
         loading.allocate(loading.casts, w.numel * w.dtype.itemsize, w.kind)
         loading.casts.append((slot, 0))
-    for w in weights:
-        if w.kind == "adapters":
-            loading.allocate(loading.adapters, w.numel * w.dtype.itemsize, w.kind)
+    _adapters(loading, [w for w in weights if w.kind == "adapters"], config)
     return loading
+
+
+def _adapters(loading: Loading, weights: list[Weight], config: TrainConfig) -> None:
+    """PEFT 0.21.2 tuners/tuners_utils.py: each adapter is made in the dtype of the base weight that it stands beside
+    (`_move_adapter_to_device_of_base_layer`; a 4-bit weight counts as its compute dtype), then all are cast to fp32 one
+    by one (`cast_adapter_dtype`), then to the dtype that was asked for, if it is another (TRL 1.16 trainer/sft_trainer.py).
+    """
+    made = DType[config.weight_dtype]
+    if made is DType.fp32 and config.method == "qlora":
+        made = DType.bf16
+    dtypes = [made]
+    for dtype in (DType.fp32, DType[config.adapter_dtype]):
+        if dtype is not dtypes[-1]:
+            dtypes.append(dtype)
+    slots: list[int] = []
+    for step, dtype in enumerate(dtypes):
+        for index, w in enumerate(weights):
+            slot = loading.allocate(loading.adapters, w.numel * dtype.itemsize, w.kind)
+            if step:
+                loading.adapters.append((slots[index], 0))
+                slots[index] = slot
+            else:
+                slots.append(slot)
 
 
 def _quantise(loading: Loading, w: Weight, config: TrainConfig) -> None:
