@@ -7,21 +7,20 @@ transformers module. Everything about methods, dtypes, checkpointing and optimiz
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import prod
-from typing import Self
 
 from memplan.architectures.builder import Builder
+from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.model_spec import ModelSpec
 from memplan.ops.activations import ACTIVATIONS
 from memplan.ops.attention import eager, sdpa, split_heads
+from memplan.ops.device import HOPPER, Device
 from memplan.ops.embedding import Embedding, embedding
 from memplan.ops.linear import Linear
 from memplan.ops.lora import LoraLinear
 from memplan.ops.quantized import Linear4bit
 from memplan.ops.rotary import apply_partial_rotary, apply_rotary
-from memplan.ops.tensor import Machine, Shape, Storage, Tensor
+from memplan.ops.tensor import Tensor
 from memplan.train_config import TrainConfig
 
 AnyLinear = Linear | Linear4bit | LoraLinear
@@ -30,55 +29,31 @@ Norm = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-@dataclass
-class Shared:
-    """What the model computes once and every layer reads: positions, rotary tables, the attention mask."""
-
-    position_ids: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    mask: Tensor | None = None
-
-    @classmethod
-    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, slot: int | None = None) -> Self:
-        """The shared tensors of a run whose hidden states are of `dtype`; with `slot` EXTERNAL as stand-ins."""
-        batch, tokens = decoder.batch
-
-        def make(shape: Shape, dtype: DType) -> Tensor:
-            size = prod(shape) * dtype.itemsize
-            return Tensor(Storage(machine, size, slot=slot), shape, dtype)
-
-        shared = cls()
-        shared.position_ids = make((1, tokens), DType.int64)
-        width = decoder.rotary_dim()
-        if width is not None:
-            shape = (1, 1, tokens, width)
-            shared.cos, shared.sin = make(shape, dtype), make(shape, dtype)
-        if decoder.config.attention == "eager":
-            # masking_utils.py `eager_mask`: always there, additive
-            shared.mask = make((batch if decoder.config.padding else 1, 1, tokens, tokens), dtype)
-        elif decoder.config.padding:
-            shared.mask = make((batch, 1, tokens, tokens), DType.bool8)
-        return shared
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.position_ids, self.cos, self.sin, self.mask) if t is not None]
-
-
 class Decoder:
     """One model for one run. `spec` and `config` say all; a builder says on which machine."""
 
     layer_prefix = "model.layers"
+    sliding_layers_have_own_rotary = False
+    """Sliding layers rotate by tables of their own (gemma3)."""
 
-    def __init__(self, spec: ModelSpec, config: TrainConfig) -> None:
+    def __init__(self, spec: ModelSpec, config: TrainConfig, device: Device = HOPPER) -> None:
         self.spec = spec
         self.config = config
+        self.device = device
 
     # What a family may change
 
     def layer_kind(self, index: int) -> str:
         """Layers of the same kind take the same memory; the kind is passed to `layer`."""
         return "layer"
+
+    def attention_windows(self) -> dict[str, int | None]:
+        """The masks that the model makes once a step, and the window of each: `full_attention`, `sliding_attention`."""
+        return {"full_attention": None}
+
+    def shared_of(self, kind: str, shared: Shared) -> Shared:
+        """What a layer of `kind` is given of the shared tensors."""
+        return shared.sliding() if kind.startswith("sliding") else shared.full()
 
     def embed(self, build: Builder) -> Tensor:
         """Token embeddings as the first layer gets them, [B, S, hidden]."""

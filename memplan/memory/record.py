@@ -34,14 +34,14 @@ class Head:
 def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, list[int]]:
     """The embedding and what is computed beside it; also the slots of the shared tensors."""
     config = decoder.config
-    recorder = Recorder(autocast=config.autocast)
+    recorder = Recorder(autocast=config.autocast, device=decoder.device)
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
     out = decoder.embed(build)
     # A tied weight has its gradient from the head already.
     if accumulating or decoder.spec.tie_word_embeddings:
         seed_gradients(build.parameters)
-    shared = Shared.made_by(decoder, m, decoder.shared_dtype(out.dtype))
+    shared = Shared.made_by(decoder, m, out.dtype)
     slots = [t.storage.slot for t in shared.tensors()]
     forward = m.new_tape()
     m.cast_cache.clear()
@@ -55,11 +55,12 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
 def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, accumulating: bool) -> Segment:
     """One layer of `kind`. With `keeps_x` the model holds the hidden states that come in until its forward ends."""
     config = decoder.config
-    recorder = Recorder(autocast=config.autocast)
+    recorder = Recorder(autocast=config.autocast, device=decoder.device)
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
-    stand_ins = Shared.made_by(decoder, m, decoder.shared_dtype(x_in.dtype), slot=EXTERNAL)
-    layer = decoder.layer(build, kind, stand_ins)
+    stand_ins = Shared.made_by(decoder, m, x_in.dtype, slot=EXTERNAL)
+    given = decoder.shared_of(kind, stand_ins)
+    layer = decoder.layer(build, kind, given)
     if accumulating:
         seed_gradients(build.parameters)
     x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
@@ -71,7 +72,8 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     else:
         y = checkpoint(layer, x)
     # A checkpoint keeps all its arguments.
-    keeps_shared = tuple([config.gradient_checkpointing or t.storage.refs > 1 for t in stand_ins.tensors()])
+    arguments = {id(t) for t in given.tensors()} if config.gradient_checkpointing else set()
+    keeps_shared = tuple([id(t) in arguments or t.storage.refs > 1 for t in stand_ins.tensors()])
     held = x if keeps_x else None
     del x
     forward = m.new_tape()
@@ -92,7 +94,7 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
 def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
     """Final norm, output head and loss."""
     config = decoder.config
-    recorder = Recorder(autocast=config.autocast)
+    recorder = Recorder(autocast=config.autocast, device=decoder.device)
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
     norm = decoder.final_norm(build)

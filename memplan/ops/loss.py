@@ -22,7 +22,6 @@ def causal_lm_loss(logits: Tensor) -> Tensor:
     padded = m.empty((batch, tokens + 1), DType.int64)  # labels shifted by one (F.pad)
     # shift_labels = padded[..., 1:].contiguous() is a view of it for one sequence, a copy for more
     shift_labels = padded if batch == 1 else m.empty((batch, tokens), DType.int64)
-    del padded
     return cross_entropy(logits.view(batch * tokens, vocab), shift_labels)
 
 

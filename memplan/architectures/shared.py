@@ -1,0 +1,171 @@
+"""What a model computes once a step for all its layers: positions, rotary tables, attention masks.
+
+Sources, transformers 5.17: masking_utils.py (`create_causal_mask`, `create_sliding_window_causal_mask`, `sdpa_mask`,
+`eager_mask`, `find_packed_sequence_indices`), models/llama/modeling_llama.py `LlamaRotaryEmbedding`.
+B batch, S tokens, H width of a rotary table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from math import prod
+from typing import TYPE_CHECKING, Self
+
+from memplan.dtypes import DType
+from memplan.ops.tensor import Machine, Shape, Storage, Tensor
+
+if TYPE_CHECKING:
+    from memplan.architectures.decoder import Decoder
+
+
+@dataclass
+class Shared:
+    """The tensors that every layer is given. Those of sliding layers are None where no layer slides."""
+
+    position_ids: Tensor | None = None
+    mask: Tensor | None = None
+    sliding_mask: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    sliding_cos: Tensor | None = None
+    sliding_sin: Tensor | None = None
+
+    @classmethod
+    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, slot: int | None = None) -> Self:
+        """The shared tensors of a run whose hidden states are of `dtype`; with `slot` EXTERNAL as stand-ins."""
+        if slot is not None:
+            return cls._stand_ins(cls.made_by(decoder, Machine(), dtype), machine, slot)
+        tokens = decoder.config.seq_len
+        shared = cls()
+        counted = machine.empty((tokens,), DType.int64)
+        shared.position_ids = machine.empty((1, tokens), DType.int64)
+        del counted
+        windows = decoder.attention_windows()
+        if "full_attention" in windows:
+            shared.mask = causal_mask(decoder, machine, dtype, window=windows["full_attention"])
+        if "sliding_attention" in windows:
+            shared.sliding_mask = causal_mask(decoder, machine, dtype, window=windows["sliding_attention"])
+        width = decoder.rotary_dim()
+        if width is not None:
+            table_dtype = decoder.shared_dtype(dtype)
+            shared.cos, shared.sin = rotary_table(machine, tokens, width, table_dtype)
+            if decoder.sliding_layers_have_own_rotary:
+                shared.sliding_cos, shared.sliding_sin = rotary_table(machine, tokens, width, table_dtype)
+        return shared
+
+    @classmethod
+    def _stand_ins(cls, made: Self, machine: Machine, slot: int) -> Self:
+        def stand_in(tensor: Tensor) -> Tensor:
+            storage = Storage(machine, prod(tensor.shape) * tensor.dtype.itemsize, slot=slot)
+            return Tensor(storage, tensor.shape, tensor.dtype)
+
+        present = {f.name: getattr(made, f.name) for f in fields(made)}
+        return cls(**{name: stand_in(tensor) for name, tensor in present.items() if tensor is not None})
+
+    def sliding(self) -> Self:
+        """What a layer with sliding attention is given."""
+        own = self.sliding_cos is not None
+        return replace(
+            self,
+            mask=self.sliding_mask,
+            cos=self.sliding_cos if own else self.cos,
+            sin=self.sliding_sin if own else self.sin,
+            sliding_mask=None,
+            sliding_cos=None,
+            sliding_sin=None,
+        )
+
+    def full(self) -> Self:
+        """What a layer with full attention is given."""
+        return replace(self, sliding_mask=None, sliding_cos=None, sliding_sin=None)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (getattr(self, f.name) for f in fields(self)) if t is not None]
+
+
+def causal_mask(decoder: Decoder, m: Machine, dtype: DType, *, window: int | None) -> Tensor | None:
+    """The mask of causal attention over `window` tokens (all of them if None).
+
+    sdpa: boolean [1 or B, 1, S, S], or None where `is_causal` says the same: no padding and a window longer than the
+    sequence (`_ignore_causal_mask_sdpa`). eager: additive, [B, 1, S, S] in `dtype`, always there.
+    """
+    (batch, tokens), padding = decoder.batch, decoder.config.padding
+    eager = decoder.config.attention == "eager"
+    if padding:
+        padding_mask = m.empty((batch, tokens), DType.bool8)
+    else:
+        _find_packed_sequences(m, batch, tokens)
+    if not eager and not padding and (window is None or window > tokens):
+        return None
+    ranges = [m.empty((count,), DType.int64) for count in (batch, 1)]
+    ranges += [_shifted_range(m, tokens), _shifted_range(m, tokens)]
+    square = (1, 1, tokens, tokens)
+    mask = _positions_mask(m, square, window)
+    if padding:  # and_masks: each condition is a tensor of its own, and each conjunction another one
+        both = m.empty(square, DType.bool8)
+        mask = both
+        del both
+        rows = m.empty((batch, 1, 1, tokens), DType.bool8)
+        joined = m.empty((batch, 1, tokens, tokens), DType.bool8)
+        del rows
+        mask = joined
+        del joined, padding_mask
+    ranges.clear()
+    return m.empty((batch, 1, tokens, tokens), dtype) if eager else mask
+
+
+def _positions_mask(m: Machine, square: Shape, window: int | None) -> Tensor:
+    """The part of the mask that positions decide: causal, or causal and within the window."""
+    if window is None:
+        return m.empty(square, DType.bool8)
+    start = m.empty((*square[:3], 1), DType.int64)
+    inside = m.empty(square, DType.bool8)
+    del start
+    mask = m.empty(square, DType.bool8)
+    del inside
+    causal = m.empty(square, DType.bool8)
+    both = m.empty(square, DType.bool8)
+    del causal, mask
+    return both
+
+
+def _shifted_range(m: Machine, tokens: int) -> Tensor:
+    """torch.arange(tokens) + 0"""
+    counted = m.empty((tokens,), DType.int64)
+    shifted = m.empty((tokens,), DType.int64)
+    del counted
+    return shifted
+
+
+def _find_packed_sequences(m: Machine, batch: int, tokens: int) -> None:
+    """`find_packed_sequence_indices`: only temporaries, when each row is one sequence."""
+    first = m.empty((batch, 1), DType.int64)
+    prepended = m.empty((batch, tokens + 1), DType.int64)
+    difference = m.empty((batch, tokens), DType.int64)
+    del prepended
+    breaks = m.empty((batch, tokens), DType.bool8)
+    sequence = m.empty((batch, tokens), DType.int64)
+    cast = m.empty((batch, tokens), DType.int64)  # cumsum of booleans runs on an int64 copy
+    del cast, breaks
+    is_zero = m.empty((batch,), DType.bool8)
+    is_one = m.empty((), DType.bool8)
+    del is_zero, is_one, first, difference, sequence
+
+
+def rotary_table(m: Machine, tokens: int, width: int, dtype: DType) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, 1, S, H] in `dtype`, computed in fp32."""
+    shape = (1, 1, tokens, width)
+    positions = m.empty((1, 1, tokens), DType.fp32)
+    frequencies = m.empty((1, width // 2, tokens), DType.fp32)
+    doubled = m.empty(shape, DType.fp32)
+    cosine = m.empty(shape, DType.fp32)
+    cos = m.empty(shape, DType.fp32)
+    del cosine
+    sine = m.empty(shape, DType.fp32)
+    sin = m.empty(shape, DType.fp32)
+    del sine
+    if dtype is not DType.fp32:
+        cast = m.empty(shape, dtype), m.empty(shape, dtype)
+        del positions, frequencies, doubled
+        cos, sin = cast
+    return cos, sin
