@@ -6,6 +6,7 @@ from memplan.architectures.decoder import Decoder
 from memplan.architectures.llama import Llama
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
+from memplan.ops.device import HOPPER, Device
 from memplan.train_config import TrainConfig
 
 FAMILIES: dict[str, type[Decoder]] = {
@@ -17,8 +18,8 @@ FAMILIES: dict[str, type[Decoder]] = {
 """Family of each `model_type`."""
 
 
-def decoder_for(spec: ModelSpec, config: TrainConfig) -> Decoder:
-    """The architecture of `spec` for the run `config`.
+def decoder_for(spec: ModelSpec, config: TrainConfig, device: Device = HOPPER) -> Decoder:
+    """The architecture of `spec` for the run `config` on `device`.
 
     Raises:
         UnknownNameError: a `model_type` that has no family yet.
@@ -26,4 +27,4 @@ def decoder_for(spec: ModelSpec, config: TrainConfig) -> Decoder:
     family = FAMILIES.get(spec.model_type)
     if family is None:
         raise UnknownNameError("model_type", spec.model_type, FAMILIES)
-    return family(spec, config)
+    return family(spec, config, device)

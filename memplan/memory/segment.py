@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from memplan.architectures.builder import Builder, Weight
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, run_backward
+from memplan.ops.device import Device
 from memplan.ops.pointwise import GradList, incoming
 from memplan.ops.tensor import Machine, Parameter, Shape, Storage, Tape, Tensor
 
@@ -52,8 +53,8 @@ class Segment:
 class Recorder:
     """A machine with the ports in place, for the recording of one segment."""
 
-    def __init__(self, *, autocast: bool) -> None:
-        self.machine = Machine(autocast=autocast, num_ports=NUM_PORTS)
+    def __init__(self, *, autocast: bool, device: Device) -> None:
+        self.machine = Machine(autocast=autocast, num_ports=NUM_PORTS, device=device)
         self.port_sizes: dict[int, int] = {}
 
     def port_x(self, shape: Shape, dtype: DType, *, requires_grad: bool) -> Tensor:

@@ -8,7 +8,8 @@ Follows torch 2.11 torch/csrc/autograd/engine.cpp and input_buffer.cpp:
 - a gradient of another size or dtype than the tensor it belongs to is summed and cast at once
   (`validate_outputs`): the broadcast and promotion of the forward, undone;
 - a second gradient for the same input is added in place when the buffer holds the only handle on the first
-  (`can_accumulate_inplace`), into a new tensor otherwise;
+  (`can_accumulate_inplace`), into a new tensor otherwise; on an H200 also when the first is the reshaped result of
+  a matrix product (allocation traces of 2026-11-22);
 - the first gradient of a leaf is kept as it is when nobody else holds it, and copied otherwise
   (torch/csrc/autograd/functions/accumulate_grad.h).
 """
@@ -21,6 +22,7 @@ from math import prod
 from typing import Any
 
 from memplan.dtypes import DType
+from memplan.ops.reduction import staging_bytes
 from memplan.ops.tensor import Machine, Parameter, Shape, Tensor
 
 Grads = Sequence[Tensor | None]
@@ -192,10 +194,22 @@ def _validate(node: Node, outputs: list[Tensor | None]) -> None:
             continue
         shape, dtype = edge[0].likes[edge[1]]
         if gradient.shape != shape and prod(gradient.shape) != prod(shape):
-            outputs[index] = gradient = node.machine.empty(shape, gradient.dtype)
+            outputs[index] = gradient = _reduced(gradient, shape)
         if gradient.dtype is not dtype:
             outputs[index] = node.machine.empty(shape, dtype)
         del gradient
+
+
+def _reduced(gradient: Tensor, shape: Shape) -> Tensor:
+    """The sum of `gradient` down to `shape`, with the staging buffer that a sum over many rows takes."""
+    m = gradient.machine
+    out = m.empty(shape, gradient.dtype)
+    if prod(shape) == shape[-1]:
+        staging = staging_bytes(gradient.numel // shape[-1], shape[-1], m.device)
+        if staging:
+            buffers = m.workspace(staging), m.workspace(4)  # and a semaphore a block
+            del buffers
+    return out
 
 
 def _deliver(node: Node, output: int, gradient: Tensor) -> None:
@@ -206,6 +220,7 @@ def _deliver(node: Node, output: int, gradient: Tensor) -> None:
         buffer.append(None)
     held = buffer[output]
     if held is None:
-        buffer[output] = gradient.detach()
-    elif held.storage.refs != 1:
+        buffer[output] = kept = gradient.detach()
+        kept.is_reshaped = gradient.is_reshaped
+    elif held.storage.refs != 1 or (held.is_reshaped and node.machine.device.is_cuda):
         buffer[output] = node.machine.empty(held.shape, held.dtype)

@@ -55,6 +55,8 @@ def _linear_backward(node: Node, grads: GradList) -> Grads:
     saved = [node.unpack(i) for i in range(len(node.saved))]
     d_weight = m.empty(weight_shape, grad.dtype) if node.needs[1] else None
     d_x = m.empty(x_shape, grad.dtype) if node.needs[0] else None
+    if d_x is not None:
+        d_x.is_reshaped = len(x_shape) > 2
     del saved
     # the engine sums the incoming gradient down to the bias
     return (d_x, d_weight) if len(node.needs) == 2 else (d_x, d_weight, grad if node.needs[2] else None)

@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from memplan.dtypes import DType
+from memplan.ops.device import HOPPER, Device
 
 if TYPE_CHECKING:
     from memplan.ops.autograd import Node
@@ -33,9 +34,17 @@ def round_block(num_bytes: int) -> int:
 class Machine:
     """Records one segment of a step: the tape, what each slot is for, and PyTorch's global modes."""
 
-    __slots__ = ("autocast", "cast_cache", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape")
+    __slots__ = ("autocast", "cast_cache", "device", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape")
 
-    def __init__(self, *, autocast: bool = False, num_ports: int = 0, kind: str = "temporaries") -> None:
+    def __init__(
+        self,
+        *,
+        autocast: bool = False,
+        num_ports: int = 0,
+        kind: str = "temporaries",
+        device: Device = HOPPER,
+    ) -> None:
+        self.device = device
         self.tape: Tape | None = []
         self.num_slots = num_ports
         self.kinds: list[str] = [kind] * num_ports
@@ -116,7 +125,7 @@ class Storage:
 class Tensor:
     """A handle on a storage, as at::Tensor is. Views and saved tensors are further handles."""
 
-    __slots__ = ("dtype", "node", "node_output", "requires_grad", "shape", "storage")
+    __slots__ = ("dtype", "is_reshaped", "node", "node_output", "requires_grad", "shape", "storage")
 
     def __init__(self, storage: Storage, shape: Shape, dtype: DType) -> None:
         self.storage = storage
@@ -126,6 +135,8 @@ class Tensor:
         self.node: Node | None = None
         self.node_output = 0
         self.requires_grad = False
+        self.is_reshaped = False
+        """A gradient that came through a reshape: a view, to which CUDA builds do not add in place."""
 
     def __del__(self) -> None:
         storage = self.storage
