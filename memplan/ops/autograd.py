@@ -22,7 +22,7 @@ from math import prod
 from typing import Any
 
 from memplan.dtypes import DType
-from memplan.ops.reduction import staging_bytes
+from memplan.ops.reduction import reduction_scratch, use_scratch
 from memplan.ops.tensor import Machine, Parameter, Shape, Tensor
 
 Grads = Sequence[Tensor | None]
@@ -204,11 +204,9 @@ def _reduced(gradient: Tensor, shape: Shape) -> Tensor:
     """The sum of `gradient` down to `shape`, with the staging buffer that a sum over many rows takes."""
     m = gradient.machine
     out = m.empty(shape, gradient.dtype)
-    if prod(shape) == shape[-1]:
-        staging = staging_bytes(gradient.numel // shape[-1], shape[-1], m.device)
-        if staging:
-            buffers = m.workspace(staging), m.workspace(4)  # and a semaphore a block
-            del buffers
+    if m.device.is_cuda and prod(shape) == shape[-1]:
+        rows = gradient.numel // shape[-1]
+        use_scratch(m, reduction_scratch(rows, shape[-1], gradient.dtype, reduces_last=False))
     return out
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memplan.dtypes import DType
+from memplan.ops.device import Device
 from memplan.ops.tensor import Machine
 
 MAX_THREADS = 512  # mnt_wrapper
 WARP_SIZE = 32
 MIN_VALUES_PER_THREAD, MAX_VALUES_PER_THREAD = 16, 256
-NUM_SMS, THREADS_PER_SM = 132, 2048
-"""Of an H100 or H200 SXM: multiProcessorCount, maxThreadsPerMultiProcessor."""
 _MAX_INT32 = 2**31 - 1
 
 
@@ -32,6 +31,7 @@ def reduction_scratch(
     num_reduced: int,
     num_kept: int,
     dtype: DType,
+    device: Device,
     *,
     reduces_last: bool,
     out_dtype: DType | None = None,
@@ -41,12 +41,14 @@ def reduction_scratch(
 
     `reduces_last` says that neighbours in memory are summed (dim=-1, or all of the tensor), and not rows.
     """
+    if not device.is_cuda:
+        return Scratch(0, ())
     out_dtype = out_dtype or dtype
     vec = input_vec_size or (8 if dtype.itemsize == 2 else 4)
     parts = _parts(num_reduced, num_kept, dtype.itemsize, reduces_last)
     # gpu_reduce_kernel: a half result cannot take the partial sums of a tensor that is reduced in parts
     apart = len(parts) > 1 and dtype.is_half and out_dtype is dtype
-    passes = [_pass(reduced, kept, vec, reduces_last) for reduced, kept in parts]
+    passes = [_pass(reduced, kept, vec, device, reduces_last) for reduced, kept in parts]
     return Scratch(num_kept * 4 if apart else 0, tuple([p for p in passes if p is not None]))
 
 
@@ -79,7 +81,9 @@ def _parts(num_reduced: int, num_kept: int, itemsize: int, reduces_last: bool) -
     )
 
 
-def _pass(num_inputs: int, num_outputs: int, input_vec_size: int, reduces_last: bool) -> tuple[int, int] | None:
+def _pass(
+    num_inputs: int, num_outputs: int, input_vec_size: int, device: Device, reduces_last: bool
+) -> tuple[int, int] | None:
     """`setReduceConfig` for one 32-bit part: bytes of the buffer and of the semaphores, None if it needs neither."""
     output_vec = 1
     if reduces_last:
@@ -96,7 +100,7 @@ def _pass(num_inputs: int, num_outputs: int, input_vec_size: int, reduces_last: 
         return None  # no split over warps, hence none over blocks
     step_input *= height
     values = -(-num_inputs // step_input)
-    target = NUM_SMS * (THREADS_PER_SM // (width * height))
+    target = device.num_sms * (device.max_threads_per_sm // (width * height))
     grid = -(-(num_outputs // output_vec) // step_output)
     if values < MAX_VALUES_PER_THREAD or grid > target:
         return None
