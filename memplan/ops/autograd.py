@@ -206,7 +206,7 @@ def _reduced(gradient: Tensor, shape: Shape) -> Tensor:
     out = m.empty(shape, gradient.dtype)
     if m.device.is_cuda and prod(shape) == shape[-1]:
         rows = gradient.numel // shape[-1]
-        use_scratch(m, reduction_scratch(rows, shape[-1], gradient.dtype, reduces_last=False))
+        use_scratch(m, reduction_scratch(rows, shape[-1], gradient.dtype, m.device, reduces_last=False))
     return out
 
 
