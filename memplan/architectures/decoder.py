@@ -45,11 +45,14 @@ class Decoder:
 
     def layer_kind(self, index: int) -> str:
         """Layers of the same kind take the same memory; the kind is passed to `layer`."""
-        return "layer"
+        return "full_attention" if self.spec.layer_window(index) is None else "sliding_attention"
 
     def attention_windows(self) -> dict[str, int | None]:
         """The masks that the model makes once a step, and the window of each: `full_attention`, `sliding_attention`."""
-        return {"full_attention": None}
+        windows: dict[str, int | None] = {"full_attention": None}
+        if self.spec.sliding_layers:
+            windows["sliding_attention"] = self.spec.sliding_window
+        return windows
 
     def shared_of(self, kind: str, shared: Shared) -> Shared:
         """What a layer of `kind` is given of the shared tensors."""

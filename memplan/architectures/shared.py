@@ -111,7 +111,8 @@ def causal_mask(decoder: Decoder, m: Machine, dtype: DType, *, window: int | Non
         mask = joined
         del joined, padding_mask
     ranges.clear()
-    return m.empty((batch, 1, tokens, tokens), dtype) if eager else mask
+    # `expand` gives an unpadded mask the batch dimension without a copy
+    return m.empty((batch, 1, tokens, tokens), dtype) if eager else mask.view(batch, 1, tokens, tokens)
 
 
 def _positions_mask(m: Machine, square: Shape, window: int | None) -> Tensor:

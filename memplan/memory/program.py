@@ -134,8 +134,10 @@ class Composer:
         if loading.empties_cache:
             program.play("prepare", 0, frame, EMPTY_CACHE)
         program.play("prepare", 0, frame, loading.adapters)
+        # input_ids, labels and, where rows are padded, attention_mask: int64 each
         ids = round_block(self.config.tokens_per_micro_batch * 8)
-        program.play("load", 0, program.frame(["inputs"] * 2, {0: ids, 1: ids}), [(0, ids), (1, ids)])
+        inputs: Tape = [(slot, ids) for slot in range(3 if self.config.padding else 2)]
+        program.play("load", 0, program.frame_for(inputs, "inputs"), inputs)
 
     def _workspace(self, phase: str) -> None:
         if self.workspace_bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.ops.autocast import high, low
 from memplan.ops.autograd import Grads, Node, attach, record, result_of, save_result
+from memplan.ops.cudnn import cudnn_attention, takes_cudnn
 from memplan.ops.linear import bmm
 from memplan.ops.pointwise import (
     GradList,
@@ -94,6 +95,8 @@ def sdpa(
     if num_groups > 1 and (mask is not None or not k.shape[-1] == v.shape[-1] <= 256):
         k, v = repeat_kv(k, num_groups), repeat_kv(v, num_groups)
     q, k, v = low(q), low(k), low(v)
+    if q.machine.device.prefers_cudnn_attention and takes_cudnn(q, v):
+        return cudnn_attention(q, k, v, mask), None
     flash = mask is None and q.dtype.is_half and q.shape[-1] == v.shape[-1] <= FLASH_MAX_HEAD_DIM
     return flash_attention(q, k, v) if flash else efficient_attention(q, k, v, mask), None
 

@@ -20,4 +20,4 @@ class Device:
 
 # H100 and H200 SXM: 132 multiprocessors of 2048 threads (torch.cuda.get_device_properties on an H200).
 HOPPER = Device("hopper", prefers_cudnn_attention=True)
-FAKE_CPU = Device("fake-cpu", is_cuda=False)
+FAKE_CPU = Device("fake-cpu", is_cuda=False, prefers_cudnn_attention=True)
