@@ -16,7 +16,7 @@ from memplan.ops.linear import Linear
 from memplan.ops.lora import LoraLinear
 from memplan.ops.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 from memplan.ops.quantized import Linear4bit, storage_bytes_4bit
-from memplan.ops.tensor import Machine, Parameter, Shape, round_block
+from memplan.ops.tensor import Machine, Parameter, Shape, Tensor, round_block
 from memplan.train_config import TrainConfig
 
 
@@ -58,6 +58,8 @@ class Builder:
     machine: Machine
     weights: list[Weight] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
+    held: list[Tensor] | None = None
+    """Locals of the model's forward that live until it returns; None for the first layer's input alone."""
 
     @property
     def dtype(self) -> DType:
@@ -88,23 +90,28 @@ class Builder:
             self.parameters.append(made)
         return made
 
-    def tied_embedding(self) -> Parameter:
-        """The token embedding once more, as the output head: the same weight, so not loaded again."""
-        spec = self.spec
-        made = Parameter(
-            self.machine,
-            "model.embed_tokens.weight",
-            (spec.vocab_size, spec.hidden_size),
-            self.frozen_dtype,
-            trains=self.config.method == "full",
-        )
+    def tied(self, name: str, shape: Shape) -> Parameter:
+        """A weight once more (the token embedding as the output head): the same tensor, so not loaded again."""
+        made = Parameter(self.machine, name, shape, self.frozen_dtype, trains=self.config.method == "full")
         if made.requires_grad:
             self.parameters.append(made)
         return made
 
+    def holds(self, *tensors: Tensor) -> None:
+        """Says which of the embedding's tensors the model's forward has in a local until it returns."""
+        self.held = list(tensors)
+
     def linear(
-        self, name: str, in_features: int, out_features: int, *, bias: bool = False, quantise: bool = True
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        quantise: bool = True,
+        transposed: bool = False,
     ) -> Linear | Linear4bit | LoraLinear:
+        """nn.Linear, or transformers' Conv1D (`transposed`: weight [in, out]), as the run has it."""
         base: Linear | Linear4bit
         if self.config.method == "qlora" and quantise:
             stored = storage_bytes_4bit(in_features * out_features, double_quant=self.config.double_quant)
@@ -113,7 +120,8 @@ class Builder:
             )
             base = Linear4bit(in_features, out_features, self.config.double_quant, bias=self._bias(name, out_features, bias))
         else:
-            weight = self.parameter(f"{name}.weight", (out_features, in_features))
+            shape = (in_features, out_features) if transposed else (out_features, in_features)
+            weight = self.parameter(f"{name}.weight", shape)
             base = Linear(in_features, out_features, weight, self._bias(name, out_features, bias))
         if not self.is_target(name):
             return base

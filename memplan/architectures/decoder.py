@@ -20,11 +20,13 @@ from memplan.ops.linear import Linear
 from memplan.ops.lora import LoraLinear
 from memplan.ops.quantized import Linear4bit
 from memplan.ops.rotary import apply_partial_rotary, apply_rotary
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import Machine, Tensor
 from memplan.train_config import TrainConfig
 
 AnyLinear = Linear | Linear4bit | LoraLinear
-Layer = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor | tuple[Tensor, Tensor | None]]
+"""Hidden states to hidden states; beside them what the layer returns and the model holds until the next one has
+returned (`outputs = block(...)`)."""
 Norm = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -33,6 +35,9 @@ class Decoder:
     """One model for one run. `spec` and `config` say all; a builder says on which machine."""
 
     layer_prefix = "model.layers"
+    embedding_name = "model.embed_tokens"
+    supports_sdpa = True
+    """Off, transformers takes eager attention whatever is asked."""
     sliding_layers_have_own_rotary = False
     """Sliding layers rotate by tables of their own (gemma3)."""
 
@@ -59,8 +64,19 @@ class Decoder:
         return shared.sliding() if kind.startswith("sliding") else shared.full()
 
     def embed(self, build: Builder) -> Tensor:
-        """Token embeddings as the first layer gets them, [B, S, hidden]."""
+        """What the model makes of the token ids before masks and rotary tables, [B, S, hidden].
+
+        `build.holds(...)` says what the model's forward keeps in a local beside what the first layer gets.
+        """
         return self.embed_tokens(build)
+
+    def enter(self, build: Builder, hidden_states: Tensor) -> Tensor:
+        """What happens to the embeddings after masks and tables are made: dropout."""
+        return hidden_states
+
+    def make_shared(self, machine: Machine, dtype: DType) -> Shared:
+        """What the model computes once for all layers, in its order."""
+        return Shared.computed(self, machine, dtype)
 
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
         raise NotImplementedError
@@ -90,18 +106,39 @@ class Decoder:
     # What all share
 
     @property
+    def tied_name(self) -> str:
+        """The weight that is both embedding and output head; empty for none."""
+        return f"{self.embedding_name}.weight" if self.spec.tie_word_embeddings else ""
+
+    @property
     def batch(self) -> tuple[int, int]:
         return self.config.micro_batch_size, self.config.seq_len
 
-    def embed_tokens(self, build: Builder, name: str = "model.embed_tokens") -> Tensor:
-        weight = build.parameter(f"{name}.weight", (self.spec.vocab_size, self.spec.hidden_size))
-        return embedding(Embedding(weight), self.batch)
+    @property
+    def attention_implementation(self) -> str:
+        """What runs: `config.attention` where the family has it."""
+        return self.config.attention if self.supports_sdpa else "eager"
+
+    @property
+    def leaf_embeddings(self) -> bool:
+        """Whether the embeddings are made to require a gradient, so that checkpoints of a frozen base have one to pass
+        on (`enable_input_require_grads`, transformers modeling_utils.py)."""
+        return self.config.trains_adapters and self.config.gradient_checkpointing
+
+    def embed_tokens(self, build: Builder, width: int | None = None) -> Tensor:
+        shape = self.spec.vocab_size, width or self.spec.hidden_size
+        table = Embedding(build.parameter(f"{self.embedding_name}.weight", shape))
+        embeddings = embedding(table, self.batch)
+        if self.leaf_embeddings:
+            embeddings.requires_grad = True
+        return embeddings
 
     def head(self, build: Builder) -> Callable[[Tensor], Tensor]:
         spec = self.spec
         if spec.tie_word_embeddings:
-            weight = build.tied_embedding()
-            return Linear(spec.hidden_size, spec.vocab_size, weight)
+            width = spec.word_embed_proj_dim or spec.hidden_size
+            weight = build.tied(f"{self.embedding_name}.weight", (spec.vocab_size, width))
+            return Linear(width, spec.vocab_size, weight)
         return build.linear(
             "lm_head", spec.hidden_size, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
         )
@@ -112,7 +149,7 @@ class Decoder:
         """The attention function that the run asks for: [B, S, N, H], and eager's probabilities."""
         groups = q.shape[1] // k.shape[1]
         p = self.spec.attention_dropout if p is None else p
-        function = eager if self.config.attention == "eager" else sdpa
+        function = eager if self.attention_implementation == "eager" else sdpa
         return function(q, k, v, mask=shared.mask, num_groups=groups, p=p)
 
     def heads(self, x: Tensor, num_heads: int, *, rotated: bool = False) -> Tensor:

@@ -29,12 +29,18 @@ class Shared:
     sin: Tensor | None = None
     sliding_cos: Tensor | None = None
     sliding_sin: Tensor | None = None
+    alibi: Tensor | None = None
 
     @classmethod
-    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, slot: int | None = None) -> Self:
+    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, slot: int | None = None) -> Shared:
         """The shared tensors of a run whose hidden states are of `dtype`; with `slot` EXTERNAL as stand-ins."""
         if slot is not None:
-            return cls._stand_ins(cls.made_by(decoder, Machine(), dtype), machine, slot)
+            return cls._stand_ins(decoder.make_shared(Machine(), dtype), machine, slot)
+        return decoder.make_shared(machine, dtype)
+
+    @classmethod
+    def computed(cls, decoder: Decoder, machine: Machine, dtype: DType) -> Self:
+        """Positions, masks, rotary tables: the order of most models."""
         tokens = decoder.config.seq_len
         shared = cls()
         counted = machine.empty((tokens,), DType.int64)
@@ -54,7 +60,7 @@ class Shared:
         return shared
 
     @classmethod
-    def _stand_ins(cls, made: Self, machine: Machine, slot: int) -> Self:
+    def _stand_ins(cls, made: Shared, machine: Machine, slot: int) -> Shared:
         def stand_in(tensor: Tensor) -> Tensor:
             storage = Storage(machine, prod(tensor.shape) * tensor.dtype.itemsize, slot=slot)
             return Tensor(storage, tensor.shape, tensor.dtype)
@@ -90,7 +96,7 @@ def causal_mask(decoder: Decoder, m: Machine, dtype: DType, *, window: int | Non
     sequence (`_ignore_causal_mask_sdpa`). eager: additive, [B, 1, S, S] in `dtype`, always there.
     """
     (batch, tokens), padding = decoder.batch, decoder.config.padding
-    eager = decoder.config.attention == "eager"
+    eager = decoder.attention_implementation == "eager"
     if padding:
         padding_mask = m.empty((batch, tokens), DType.bool8)
     else:

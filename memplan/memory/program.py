@@ -14,7 +14,7 @@ from memplan.architectures.decoder import Decoder
 from memplan.memory.loading import load
 from memplan.memory.optimizers import OPTIMIZERS, Param
 from memplan.memory.record import Head, Stream, record_embedding, record_head, record_layer
-from memplan.memory.segment import PORT_DY, PORT_X, Segment
+from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
 from memplan.ops.tensor import Tape, round_block
 
 Link = tuple[int, int, int, int]
@@ -84,7 +84,6 @@ class Composer:
         self.workspace_bytes = workspace_bytes
         self.num_steps = num_steps
         self.program = Program()
-        self.leaf_embeddings = self.config.trains_adapters and self.config.gradient_checkpointing
 
     def compose(self) -> Program:
         first = self.record(accumulating=False)
@@ -103,13 +102,14 @@ class Composer:
     def record(self, *, accumulating: bool) -> Pieces:
         decoder, spec = self.decoder, self.decoder.spec
         embedding, shared_slots = record_embedding(decoder, accumulating=accumulating)
-        stream = Stream(*embedding.out, embedding.out_requires_grad or self.leaf_embeddings)
+        stream = Stream(*embedding.out, embedding.out_requires_grad)
         made: dict[tuple[str, Stream, bool], Segment] = {}
         layers = []
         for index in range(spec.num_hidden_layers):
             key = decoder.layer_kind(index), stream, index == 0
             if key not in made:
-                made[key] = record_layer(decoder, key[0], stream, keeps_x=index == 0, accumulating=accumulating)
+                keeps_x = index == 0 and embedding.keeps_out
+                made[key] = record_layer(decoder, key[0], stream, keeps_x=keeps_x, accumulating=accumulating)
             layers.append(made[key])
             stream = Stream(*made[key].out, made[key].out_requires_grad)
         return Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
@@ -156,16 +156,20 @@ class Composer:
         for layer in layers:
             f = program.frame_of(layer)
             program.play("forward", step, f, layer.forward, [(f, PORT_X, before, slot)])
+            if frames:
+                program.play("forward", step, before, layers[len(frames) - 1].after_next)
             frames.append(f)
             before, slot = f, layer.out_slot
         h = program.frame_of(head.segment)
         program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)])
         # The model's forward returns: its locals go.
+        program.play("forward", step, before, layers[-1].after_next)
+        program.play("forward", step, e, embedding.after_model)
         kept = [any(layer.keeps_shared[i] for layer in layers) for i in range(len(pieces.shared_slots))]
         shared = list(zip(pieces.shared_slots, kept, strict=True))
         program.play("forward", step, e, [(s, 0) for s, keep in shared if not keep])
         frees_shared: Tape = [(s, 0) for s, keep in shared if keep]
-        if layers[0].x_dies == "model" and not self.leaf_embeddings:
+        if layers[0].x_dies == "model" and not embedding.holds_out:
             program.play("forward", step, e, [(embedding.out_slot, 0)])
         program.play("loss", step, h, head.loss)
         # The autocast block is left: its weight copies go, those that the graph does not keep.
@@ -182,20 +186,20 @@ class Composer:
             if slot < 0:
                 break
             tape = layer.backward
-            if f == frames[0] and self.leaf_embeddings:
+            if f == frames[0] and embedding.holds_out:
                 tape = [event for event in tape if event != (PORT_X, 0)]
             program.play("backward", step, f, tape, [(f, PORT_DY, before, slot)])
             before, slot = f, layer.dx_slot
         # The reentrant checkpoint's context holds its arguments as long as the graph lives.
         program.play("clip" if self.config.reentrant else "backward", step, e, frees_shared)
-        if slot >= 0 and not self.leaf_embeddings:
-            program.play("backward", step, e, embedding.backward, [(e, PORT_DY, before, slot)])
+        if slot >= 0:
+            links = [(e, PORT_DY, before, slot)]
+            if head.segment.tied_slot >= 0:
+                links.append((e, PORT_TIED, h, head.segment.tied_slot))
+            program.play("backward", step, e, embedding.backward, links)
         # The loop lets go of the loss, and with it of the graph.
         program.play("clip", step, h, [(head.segment.out_slot, 0)])
-        if self.leaf_embeddings:
-            program.play("clip", step, e, [(embedding.out_slot, 0)])
-            if slot >= 0:
-                program.play("clip", step, before, [(slot, 0)])
+        program.play("clip", step, e, embedding.after_loss)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
 

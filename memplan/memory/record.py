@@ -8,7 +8,8 @@ from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Decoder, Shared
 from memplan.dtypes import DType
 from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
-from memplan.ops.autograd import run_backward
+from memplan.ops.autocast import LOW
+from memplan.ops.autograd import expect, run_backward
 from memplan.ops.checkpoint import checkpoint, checkpoint_reentrant
 from memplan.ops.loss import causal_lm_loss
 from memplan.ops.tensor import EXTERNAL, Shape, Tape, Tensor
@@ -37,19 +38,47 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     recorder = Recorder(autocast=config.autocast, device=decoder.device)
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
-    out = decoder.embed(build)
-    # A tied weight has its gradient from the head already.
-    if accumulating or decoder.spec.tie_word_embeddings:
+    embeddings = decoder.embed(build)
+    if accumulating:
         seed_gradients(build.parameters)
-    shared = Shared.made_by(decoder, m, out.dtype)
+    shared = Shared.made_by(decoder, m, embeddings.dtype)
     slots = [t.storage.slot for t in shared.tensors()]
+    out = decoder.enter(build, embeddings)
+    del embeddings
+    keeps_out = build.held is None or any(t.storage is out.storage for t in build.held)
     forward = m.new_tape()
+    build.held = None
+    after_model = m.new_tape()
     m.cast_cache.clear()
     after = m.new_tape()
+    _expect_tied(decoder, recorder, build)
     if out.requires_grad:
         run_backward(out, [recorder.port_dy(out)])
-    tapes = forward, after, m.new_tape()
-    return finish("embedding", recorder, build, tapes, out=out, dx=None), slots
+    backward = m.new_tape()
+    leaf = out.node.leaf if decoder.leaf_embeddings and out.node is not None else None
+    holds_out = leaf is not None and leaf.storage is out.storage
+    out_requires_grad = out.requires_grad
+    del leaf
+    out.node = None
+    after_loss = m.new_tape()
+    segment = finish("embedding", recorder, build, (forward, after, backward), out=out, dx=None)
+    segment.out_requires_grad = out_requires_grad
+    segment.keeps_out, segment.holds_out, segment.after_model = keeps_out, holds_out, after_model
+    segment.after_loss = [(segment.out_slot, 0), *after_loss] if holds_out else after_loss
+    return segment, slots
+
+
+def _expect_tied(decoder: Decoder, recorder: Recorder, build: Builder) -> None:
+    """A tied embedding's gradient from the head is in autograd's buffer before the embedding's own arrives."""
+    if not decoder.spec.tie_word_embeddings:
+        return
+    for table in build.parameters:
+        if table.name == decoder.tied_name:
+            gradient = recorder.port_tied(table)
+            # Autocast's cast back to the weight's dtype is a tensor of its own; otherwise it comes through `weight.t()`.
+            gradient.is_reshaped = not (decoder.config.autocast and table.dtype is not LOW)
+            expect(table, [gradient])
+            del gradient
 
 
 def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, accumulating: bool) -> Segment:
@@ -66,17 +95,21 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
     collector = x.node
     if not config.gradient_checkpointing:
-        y = layer(x)
+        outputs = layer(x)
     elif config.reentrant:
-        y = checkpoint_reentrant(layer, x)
+        outputs = checkpoint_reentrant(layer, x)
     else:
-        y = checkpoint(layer, x)
+        outputs = checkpoint(layer, x)
+    y, beside = outputs if isinstance(outputs, tuple) else (outputs, None)
+    del outputs
     # A checkpoint keeps all its arguments.
     arguments = {id(t) for t in given.tensors()} if config.gradient_checkpointing else set()
     keeps_shared = tuple([id(t) in arguments or t.storage.refs > 1 for t in stand_ins.tensors()])
     held = x if keeps_x else None
     del x
     forward = m.new_tape()
+    del beside
+    after_next = m.new_tape()
     m.cast_cache.clear()
     after = m.new_tape()
     del held
@@ -86,6 +119,7 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     dx = collector.meta if collector is not None else None
     tapes = forward, after, m.new_tape()
     segment = finish(kind, recorder, build, tapes, out=y, dx=dx, keeps_shared=keeps_shared)
+    segment.after_next = after_next
     if dies_with_model:
         segment.x_dies = "model"
     return segment
@@ -101,7 +135,7 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
     decoder.buffers(build)
     lm_head = decoder.head(build)
     if accumulating:
-        seed_gradients([p for p in build.parameters if p.name != "model.embed_tokens.weight"])
+        seed_gradients([p for p in build.parameters if p.name != decoder.tied_name])
     x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
     collector = x.node
     hidden_states = norm(x)
@@ -124,6 +158,10 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
         if size:
             segment.sizes[slot] = size
     segment.out_slot = loss.storage.slot
+    for name, slot in segment.gradients:
+        if name == decoder.tied_name:
+            segment.tied_slot = slot
+    segment.gradients = [(name, slot) for name, slot in segment.gradients if name != decoder.tied_name]
     return Head(segment, loss_tape)
 
 

@@ -1,7 +1,8 @@
 """One piece of the model (embedding, a kind of layer, the head), recorded forward and backward on a machine of its own.
 
-Two storages cross a segment's border and have fixed slots: the hidden states that come in (`PORT_X`) and the
-gradient of those that go out (`PORT_DY`). Their bytes are allocated by a neighbour; a segment only frees them.
+Three storages cross a segment's border and have fixed slots: the hidden states that come in (`PORT_X`), the
+gradient of those that go out (`PORT_DY`), and the output head's gradient of a tied embedding (`PORT_TIED`). Their
+bytes are allocated by a neighbour; a segment only frees them.
 Layers of one kind share one recording: the step replays it with each layer's own blocks.
 """
 
@@ -19,7 +20,8 @@ from memplan.ops.tensor import Machine, Parameter, Shape, Storage, Tape, Tensor
 
 PORT_X = 0
 PORT_DY = 1
-NUM_PORTS = 2
+PORT_TIED = 2
+NUM_PORTS = 3
 
 
 @dataclass
@@ -43,7 +45,19 @@ class Segment:
     out: tuple[Shape, DType] = ((), DType.fp32)
     out_requires_grad: bool = False
     x_dies: str = ""
-    """Where this segment lets go of what came in: "forward" or "backward"."""
+    """Where this segment lets go of what came in: "forward", "model" (when its forward returns) or "backward"."""
+    tied_slot: int = -1
+    """Slot of the gradient of the tied embedding, which waits here for the embedding's own."""
+    keeps_out: bool = False
+    """The model's forward has what goes out in a local."""
+    holds_out: bool = False
+    """What goes out lives as long as the loss: embeddings made to require a gradient."""
+    after_next: Tape = field(default_factory=list)
+    """What dies once the next layer has returned."""
+    after_model: Tape = field(default_factory=list)
+    """What dies when the model's forward returns: its locals."""
+    after_loss: Tape = field(default_factory=list)
+    """What dies with the loss and its graph."""
     keeps_shared: tuple[bool, ...] = ()
     """Which of the shared tensors (positions, rotary tables, mask) are needed until its backward is over."""
     sizes: dict[int, int] = field(default_factory=dict)
@@ -70,6 +84,10 @@ class Recorder:
 
     def port_dy(self, like: Tensor) -> Tensor:
         return self._port(PORT_DY, like.shape, like.dtype)
+
+    def port_tied(self, like: Tensor) -> Tensor:
+        self.machine.kinds[PORT_TIED] = "gradients"
+        return self._port(PORT_TIED, like.shape, like.dtype)
 
     def _port(self, slot: int, shape: Shape, dtype: DType) -> Tensor:
         storage = Storage(self.machine, 0, slot=slot)

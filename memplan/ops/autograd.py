@@ -137,6 +137,13 @@ def _accumulate_grad(node: Node, grads: list[Tensor | None]) -> Grads:
     return ()
 
 
+def expect(leaf: Parameter, gradient: list[Tensor]) -> None:
+    """Puts a gradient of `leaf` that comes from elsewhere, taken out of the list, where the next is added to it."""
+    edge = edge_of(leaf)
+    assert edge is not None
+    edge[0].buffer = [gradient.pop()]
+
+
 def run_backward(root: Tensor, grads_in: list[Tensor]) -> None:
     """Runs the graph below `root` from the gradient in `grads_in`, which is taken out of that list: a handle
     that the caller kept would forbid adding to it in place."""

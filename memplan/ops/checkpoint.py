@@ -15,7 +15,8 @@ from memplan.ops.autograd import Grads, Node, attach, record, run_backward
 from memplan.ops.pointwise import GradList, incoming
 from memplan.ops.tensor import Tensor
 
-Forward = Callable[[Tensor], Tensor]
+Outputs = Tensor | tuple[Tensor, Tensor | None]
+Forward = Callable[[Tensor], Outputs]
 
 
 class _StopRecomputation(Exception):
@@ -79,7 +80,7 @@ class _Placeholder:
         return kept
 
 
-def checkpoint(forward: Forward, x: Tensor) -> Tensor:
+def checkpoint(forward: Forward, x: Tensor) -> Outputs:
     """forward(x), keeping only x (use_reentrant=False)."""
     m = x.machine
     before = m.pack
@@ -90,13 +91,14 @@ def checkpoint(forward: Forward, x: Tensor) -> Tensor:
         m.pack = before
 
 
-def checkpoint_reentrant(forward: Forward, x: Tensor) -> Tensor:
+def checkpoint_reentrant(forward: Forward, x: Tensor) -> Outputs:
     """forward(x), keeping only x (use_reentrant=True)."""
     m = x.machine
     node = record(m, _reentrant_backward, (x,), (x,), meta=forward)
     with m.no_grad():
         result = forward(x)
-    return attach(node, result)
+    attach(node, result[0] if isinstance(result, tuple) else result)
+    return result
 
 
 def _reentrant_backward(node: Node, grads: GradList) -> Grads:
@@ -107,7 +109,7 @@ def _reentrant_backward(node: Node, grads: GradList) -> Grads:
     grad_was, m.grad_enabled = m.grad_enabled, True
     result = forward(x)
     m.cast_cache, m.grad_enabled = before, grad_was
-    run_backward(result, [incoming(grads)])
+    run_backward(result[0] if isinstance(result, tuple) else result, [incoming(grads)])
     assert x.node is not None
     grad = x.node.meta
     x.node.meta = None
