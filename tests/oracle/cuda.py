@@ -29,25 +29,35 @@ from unittest import mock
 
 import bitsandbytes  # noqa: F401  (defines torch.ops.bitsandbytes)
 import torch
-from torch import nn
 
-from tests.oracle import autocast, sdpa
+from tests.oracle import autocast, optimizers, sdpa
 from tests.oracle.bnb import gemm_4bit
 from tests.oracle.tracker import Tracker
 
 aten = torch.ops.aten
 
 
-def scalar_value(tensor: torch.Tensor) -> Any:
-    """What `.item()` gives on a fake tensor: a mask is never all ones, positions are one sequence, a count is 1."""
-    if tensor.dtype == torch.bool:
+def scalar_values(padding: bool) -> Callable[[torch.Tensor], Any]:
+    """What `.item()` gives on a fake tensor, by the function that asks: whether a mask is all ones, positions are one
+    sequence, there are labelled tokens. Else False, and 1 for numbers (an optimizer's step)."""
+    answers = {
+        "find_packed_sequence_indices": True,
+        "_ignore_causal_mask_sdpa": not padding,
+        "_ignore_bidirectional_mask_sdpa": not padding,
+        "compute_loss": True,  # TRL: `num_valid > 0`
+    }
+
+    def scalar_value(tensor: torch.Tensor) -> Any:
+        if tensor.dtype != torch.bool:
+            return 1.0 if tensor.dtype.is_floating_point else 1
         frame = sys._getframe(1)
         while frame is not None:
-            if frame.f_code.co_name == "find_packed_sequence_indices":
-                return True
+            if frame.f_code.co_name in answers:
+                return answers[frame.f_code.co_name]
             frame = frame.f_back  # type: ignore[assignment]
         return False
-    return 1.0 if tensor.dtype.is_floating_point else 1
+
+    return scalar_value
 
 
 # --- scratch: bytes held only while a kernel runs -------------------------------------------------------------------
@@ -101,14 +111,28 @@ OUTPUTS: dict[Any, Callable[..., Any]] = {aten.native_layer_norm.default: _fp32_
 
 
 # --- kernels: run in the op's place ---------------------------------------------------------------------------------
-def _in_place_in_backward(functional: Any, in_place: Any) -> Callable[..., torch.Tensor]:
+def _in_place_in_backward(in_place: Any) -> Callable[..., torch.Tensor]:
     def kernel(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch._C._current_autograd_node() is not None and not torch.is_grad_enabled():
-            in_place(self, *args, **kwargs)
-            return self
-        return functional(self, *args, **kwargs)
+        if torch._C._current_autograd_node() is None or torch.is_grad_enabled():
+            return NotImplemented
+        in_place(self, *args, **kwargs)
+        return self
 
     return kernel
+
+
+def _index(self: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    """A boolean mask becomes the indices of its true entries (`expandTensors`, aten/src/ATen/native/IndexingUtils.h): all."""
+    if not any(index is not None and index.dtype == torch.bool for index in indices):
+        return NotImplemented
+    expanded: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            nonzero = torch.empty(index.numel(), index.dim(), dtype=torch.int64)
+            expanded += nonzero.unbind(1)
+        else:
+            expanded.append(index)
+    return aten.index.Tensor(self, expanded)
 
 
 def _grouped_mm(
@@ -133,9 +157,10 @@ def _grouped_mm(
 KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
     aten._grouped_mm.default: _grouped_mm,
-    aten.index_put.default: _in_place_in_backward(aten.index_put.default, aten.index_put_.default),
-    aten.scatter_add.default: _in_place_in_backward(aten.scatter_add.default, aten.scatter_add_.default),
-    aten.scatter.src: _in_place_in_backward(aten.scatter.src, aten.scatter_.src),
+    aten.index.Tensor: _index,
+    aten.index_put.default: _in_place_in_backward(aten.index_put_.default),
+    aten.scatter_add.default: _in_place_in_backward(aten.scatter_add_.default),
+    aten.scatter.src: _in_place_in_backward(aten.scatter_.src),
 }
 
 
@@ -190,13 +215,5 @@ def emulated(tracker: Tracker, sdpa_first: str) -> Iterator[None]:
         for target, replacement in patches.items():
             stack.enter_context(mock.patch(target, replacement))
         stack.enter_context(autocast.cuda_lists())
+        stack.enter_context(optimizers.bitsandbytes_on_gpu(tracker))
         yield
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "adamw_torch": lambda p: torch.optim.AdamW(p, foreach=True),
-    "adamw_torch_fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "adamw_torch_forloop": lambda p: torch.optim.AdamW(p, foreach=False),
-    "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=True),
-    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, foreach=True),
-}

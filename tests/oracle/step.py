@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.oracle import cuda
+from tests.oracle import cuda, optimizers, trl_loss
 from tests.oracle.model import build, fakeify, stored_tensors
 from tests.oracle.tracker import Event, Tracker
 
@@ -57,11 +58,14 @@ def run(
     optimizer: str = "adamw_torch",
     accumulation: int = 1,
     loss: str = "full",
+    stack: str = "torch",
     sdpa_first: str = "cudnn",
     events: bool = False,
 ) -> OracleResult:
     """Two training steps; the bytes alive in each phase, as `torch.cuda.memory_allocated` would tell them."""
     torch.set_num_threads(1)
+    if loss == "chunked" and stack == "torch":
+        stack = "trl"
     model, num_params = build(
         hf_config,
         method=method,
@@ -78,10 +82,10 @@ def run(
         gradient_checkpointing=gradient_checkpointing,
         reentrant=reentrant,
     )
-    tracker = Tracker(record=events, kernels=cuda.KERNELS, outputs=cuda.OUTPUTS, scratch=cuda.SCRATCH, scalar=cuda.scalar_value)
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(cuda.emulated(tracker, sdpa_first))
+    tracker = Tracker(record=events, kernels=cuda.KERNELS, outputs=cuda.OUTPUTS, scratch=cuda.SCRATCH, scalar=cuda.scalar_values(padding))
+    with ExitStack() as lifted:
+        lifted.enter_context(FakeTensorMode())
+        lifted.enter_context(cuda.emulated(tracker, sdpa_first))
         fakeify(model)
         tracker.module_names = {id(module): name for name, module in model.named_modules()}
         for name, tensor in stored_tensors(model):
@@ -89,13 +93,29 @@ def run(
                 tracker._allocate(tensor.untyped_storage()._cdata)
         model_bytes = tracker.live_bytes
         trainable = [p for p in model.parameters() if p.requires_grad]
-        make_optimizer = cuda.OPTIMIZERS[optimizer]
+        groups = optimizers.parameter_groups(model, stack)
+        compute_loss: Callable[..., torch.Tensor] = _loss_of_loop(autocast)
+        if loss == "chunked":
+            lifted.enter_context(trl_loss.on_gpu())
+            trl_loss.add_fused_head(model)
+            compute_loss = trl_loss.compute_loss
+        elif stack != "torch":
+            compute_loss = _loss_of_trainer
+        if stack != "torch":
+            _prepare_for_trainer(model, autocast)
         with tracker:
             tracker.begin("inputs")
-            inputs = _inputs(hf_config, model, batch, seq, padding)
+            inputs = _inputs(batch, seq, with_mask=padding or stack != "torch")
             input_bytes = tracker.live_bytes - model_bytes
             phases = _steps(
-                tracker, model, trainable, make_optimizer(trainable), inputs, autocast=autocast, accumulation=accumulation
+                tracker,
+                model,
+                trainable,
+                optimizers.make(optimizer, groups),
+                inputs,
+                compute_loss=compute_loss,
+                counts_items=stack != "torch",
+                accumulation=accumulation,
             )
     return OracleResult(
         phases=phases,
@@ -108,16 +128,10 @@ def run(
     )
 
 
-def _inputs(
-    hf_config: dict[str, Any], model: torch.nn.Module, batch: int, seq: int, padding: bool
-) -> dict[str, torch.Tensor]:
-    inputs = {
-        "input_ids": torch.empty(batch, seq, dtype=torch.int64),
-        "labels": torch.empty(batch, seq, dtype=torch.int64),
-    }
-    if padding:
-        inputs["attention_mask"] = torch.empty(batch, seq, dtype=torch.int64)
-    return inputs
+def _inputs(batch: int, seq: int, with_mask: bool) -> dict[str, torch.Tensor]:
+    """Trainer's and TRL's collators give a mask always, one of ones where nothing is padded."""
+    names = ["input_ids", "labels", *(["attention_mask"] if with_mask else [])]
+    return {name: torch.empty(batch, seq, dtype=torch.int64) for name in names}
 
 
 def _steps(
@@ -127,7 +141,8 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     inputs: dict[str, torch.Tensor],
     *,
-    autocast: bool,
+    compute_loss: Callable[..., torch.Tensor],
+    counts_items: bool,
     accumulation: int,
 ) -> list[dict[str, tuple[int, int]]]:
     phases = []
@@ -138,10 +153,14 @@ def _steps(
             alloc, peak = tracker.end()
             done[name] = (alloc, max(peak, done.get(name, (0, 0))[1]))
 
-        for _ in range(accumulation):
-            tracker.begin("forward")
-            loss = _forward(model, inputs, autocast)
-            if accumulation > 1:
+        tracker.begin("forward")
+        # Trainer.get_batch_samples: the labelled tokens of all the step's batches.
+        num_items = sum((inputs["labels"].ne(-100)).sum() for _ in range(accumulation)) if counts_items else None
+        for number in range(accumulation):
+            if number:
+                tracker.begin("forward")
+            loss = compute_loss(model, inputs, num_items)
+            if accumulation > 1 and not counts_items:
                 loss = loss / accumulation
             mark("forward")
             tracker.begin("backward")
@@ -150,18 +169,44 @@ def _steps(
             tracker.begin("clip")
             # The loss holds its graph's leaves (an embedding made to require grad, and its gradient) until here.
             del loss
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
+        if not counts_items:
+            del grad_norm  # Trainer holds it until it has logged the step
         mark("clip")
         tracker.begin("optimizer")
         optimizer.step()
         mark("optimizer")
         tracker.begin("zero_grad")
         optimizer.zero_grad(set_to_none=True)
+        grad_norm = None
         mark("zero_grad")
         phases.append(done)
     return phases
 
 
-def _forward(model: Callable[..., Any], inputs: dict[str, torch.Tensor], autocast: bool) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-        return model(**inputs, use_cache=False).loss
+def _loss_of_loop(autocast: bool) -> Callable[..., torch.Tensor]:
+    """A plain loop: autocast around the forward, the outputs dropped but for the loss."""
+
+    def compute_loss(model: Any, inputs: dict[str, torch.Tensor], num_items: None) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+            return model(**inputs, use_cache=False).loss
+
+    return compute_loss
+
+
+def _loss_of_trainer(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
+    """transformers' `Trainer.compute_loss`; accelerate has wrapped the model's forward (`_prepare_for_trainer`)."""
+    outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items)
+    return outputs["loss"]
+
+
+def _prepare_for_trainer(model: Any, autocast: bool) -> None:
+    """`Accelerator.prepare_model` under bf16: autocast inside, outputs cast to fp32 outside."""
+    from accelerate.utils.operations import convert_outputs_to_fp32
+
+    if not autocast:
+        return
+    wrapped = torch.autocast("cpu", dtype=torch.bfloat16)(type(model).forward)
+    if "forward" in vars(model):  # TRL's fused head replaces the instance's
+        wrapped = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(convert_outputs_to_fp32(wrapped), model)

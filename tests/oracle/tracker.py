@@ -64,7 +64,7 @@ class Tracker(TorchDispatchMode):
     """Counts live bytes while it is the active dispatch mode above a FakeTensorMode.
 
     What CUDA does where the CPU build does otherwise comes in three tables, by op overload: `kernels`, a function that
-    runs in the op's place, itself tracked; `outputs`, a function that replaces what the op returned; `scratch`, the
+    runs in the op's place, itself tracked (or returns NotImplemented); `outputs`, a function that replaces what the op returned; `scratch`, the
     bytes that its kernel takes and gives back inside.
     """
 
@@ -186,11 +186,11 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and self._scalar is not None:
             return self._scalar(args[0])
-        kernel = self._kernels.get(func)
-        if kernel is not None:
+        out = NotImplemented
+        if func in self._kernels:
             with self:
-                out = kernel(*args, **kwargs)
-        else:
+                out = self._kernels[func](*args, **kwargs)
+        if out is NotImplemented:
             out = func(*args, **kwargs)
             if func in self._outputs:
                 out = self._outputs[func](out, *args, **kwargs)

@@ -1,0 +1,62 @@
+"""TRL's chunked loss (`SFTTrainer`, trl/trainer/utils.py `add_fused_lm_head`, trl/kernels/chunked_logprob.py), as on CUDA.
+
+The real functions run; what they do only on a GPU is switched on: Triton kernels (which allocate nothing), the
+selection of labelled positions, and `addmm` from half precision into fp32 in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
+
+
+class _Kernel:
+    """Stands for a Triton kernel: launched on a grid, it writes into what it is given."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def add_fused_head(model: torch.nn.Module) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    get_base_model = getattr(model, "get_base_model", None)
+    add_fused_lm_head(get_base_model() if get_base_model else model, outputs=OUTPUTS)
+
+
+@contextmanager
+def on_gpu() -> Iterator[None]:
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils as utils
+
+    with (
+        mock.patch.object(utils, "_use_triton", lambda _: True),
+        mock.patch.object(kernels, "_use_triton", lambda _: True),
+        mock.patch.object(kernels, "_forward_kernel", _Kernel()),
+        mock.patch.object(kernels, "_backward_kernel", _Kernel()),
+        mock.patch.object(kernels, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)), create=True),
+        mock.patch.object(kernels, "_addmm_fp32", lambda acc, a, b: None),
+    ):
+        yield
+
+
+def compute_loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
+    """`SFTTrainer.compute_loss`: the loss, then the metrics while the outputs are still alive."""
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    per_token_loss = -outputs.log_probs
+    loss = per_token_loss.sum() / torch.as_tensor(num_items).clamp(min=1)
+    num_valid = outputs.label_mask.sum().sum()
+    entropy_sum = outputs.entropy.detach().sum().sum()
+    num_correct = outputs.is_top1.sum().sum()
+    _ = (entropy_sum / num_valid).item() if num_valid > 0 else 0.0
+    _ = (num_correct / num_valid).item() if num_valid > 0 else 0.0
+    if "attention_mask" in inputs:
+        inputs["attention_mask"].sum().sum().item()
+    return loss
