@@ -36,6 +36,8 @@ class Weight:
     """dtype in which it is loaded, if it is cast afterwards."""
     buffer: bool = False
     """Not a parameter (rotary frequencies)."""
+    of: str = ""
+    """Class of the module it belongs to, where Trainer makes a difference: "LayerNorm", "Embedding"."""
 
     @property
     def numel(self) -> int:

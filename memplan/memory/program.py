@@ -7,12 +7,12 @@ Hidden states and gradients cross from frame to frame by links.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memplan.architectures.builder import Weight
 from memplan.architectures.decoder import Decoder
 from memplan.memory.loading import load
-from memplan.memory.optimizers import OPTIMIZERS, Param
+from memplan.memory.optimizers import Plan, plan_update
 from memplan.memory.record import Head, Stream, record_embedding, record_head, record_layer
 from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
 from memplan.ops.tensor import Tape, round_block
@@ -89,14 +89,15 @@ class Composer:
         first = self.record(accumulating=False)
         again = self.record(accumulating=True) if self.config.gradient_accumulation_steps > 1 else first
         self._load(first)
-        optimizer = None
+        plan = plan_update(self.program.weights, self.config, self.decoder.device)
+        optimizer = self._make_optimizer(plan)
         for step in range(self.num_steps):
             gradients: list[tuple[int, list[tuple[str, int]]]] = []
             for micro in range(self.config.gradient_accumulation_steps):
                 made = self._micro_step(step, again if micro else first, is_first=step == 0 and micro == 0)
                 if micro == 0:
                     gradients = made
-            optimizer = self._update(step, first, gradients, optimizer)
+            self._update(step, plan, gradients, optimizer)
         return self.program
 
     def record(self, *, accumulating: bool) -> Pieces:
@@ -118,10 +119,7 @@ class Composer:
         weights = list(pieces.embedding.weights)
         for index, layer in enumerate(pieces.layers):
             prefix = f"{self.decoder.layer_prefix}.{index}."
-            weights += [
-                Weight(prefix + w.name, w.shape, w.dtype, w.trains, w.kind, w.stored, w.loaded_dtype, w.buffer)
-                for w in layer.weights
-            ]
+            weights += [replace(w, name=prefix + w.name) for w in layer.weights]
         return weights + pieces.head.segment.weights
 
     def _load(self, pieces: Pieces) -> None:
@@ -203,25 +201,20 @@ class Composer:
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
 
+    def _make_optimizer(self, plan: Plan) -> int:
+        """The frame of the optimizer's states; some are made by its constructor."""
+        sizes = {slot: size for slot, size in (*plan.made, *plan.first) if size}
+        frame = self.program.frame(plan.kinds, sizes)
+        self.program.play("prepare", 0, frame, plan.made)
+        self.program.optimizer_state_bytes = plan.state_bytes
+        return frame
+
     def _update(
-        self,
-        step: int,
-        pieces: Pieces,
-        gradients: list[tuple[int, list[tuple[str, int]]]],
-        frame: int | None,
-    ) -> int:
-        """Clipping, the optimizer's step and zero_grad; returns the frame of the optimizer's states."""
-        program, config = self.program, self.config
-        params = [Param(w.numel, w.shape, w.dtype) for w in program.weights if w.trains]
-        plan = OPTIMIZERS[config.optimizer].plan(params, max_grad_norm=config.max_grad_norm)
-        if config.max_grad_norm:
-            program.play("clip", step, program.frame_for(plan.clip, "temporaries"), plan.clip)
-        program.optimizer_state_bytes = plan.state_bytes
-        if frame is None:
-            frame = program.frame(plan.kinds, {slot: size for slot, size in plan.first if size})
-            program.play("optimizer", step, frame, plan.first)
-        else:
-            program.play("optimizer", step, frame, plan.later)
+        self, step: int, plan: Plan, gradients: list[tuple[int, list[tuple[str, int]]]], frame: int
+    ) -> None:
+        """Clipping, the optimizer's step and zero_grad."""
+        program = self.program
+        program.play("clip", step, program.frame_for(plan.clip, "temporaries"), plan.clip)
+        program.play("optimizer", step, frame, plan.later if step else plan.first)
         for f, slots in gradients:
             program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])
-        return frame
