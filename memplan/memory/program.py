@@ -20,6 +20,9 @@ from memplan.ops.tensor import Tape, round_block
 Link = tuple[int, int, int, int]
 """(to frame, to slot, from frame, from slot)"""
 
+BLASLT_WORKSPACE_BYTES = 2**20
+"""`parseCUDABlasLtWorkspaceSize`, torch 2.11 aten/src/ATen/cuda/CublasHandlePool.cpp; seen on an H200, one a thread."""
+
 EMPTY_CACHE: Tape = []
 """The play of `torch.cuda.empty_cache()`: this very list."""
 
@@ -84,6 +87,7 @@ class Composer:
         self.workspace_bytes = workspace_bytes
         self.num_steps = num_steps
         self.program = Program()
+        self.blaslt_threads: set[str] = set()
 
     def compose(self) -> Program:
         first = self.record(accumulating=False)
@@ -142,6 +146,15 @@ class Composer:
             tape = [(0, self.workspace_bytes)]
             self.program.play(phase, 0, self.program.frame_for(tape, "workspaces"), tape)
 
+    def _blaslt_workspace(self, phase: str, segment: Segment, tape: Tape) -> None:
+        """Each thread's cuBLASLt has a workspace of its own, from its first call on."""
+        thread = "backward" if phase == "backward" else "forward"
+        if thread not in self.blaslt_threads and any(tape is used for used in segment.blaslt_tapes):
+            self.blaslt_threads.add(thread)
+            if self.workspace_bytes:
+                workspace = [(0, BLASLT_WORKSPACE_BYTES)]
+                self.program.play(phase, 0, self.program.frame_for(workspace, "workspaces"), workspace)
+
     def _micro_step(self, step: int, pieces: Pieces, *, is_first: bool) -> list[tuple[int, list[tuple[str, int]]]]:
         program = self.program
         embedding, layers, head = pieces.embedding, pieces.layers, pieces.head
@@ -153,6 +166,7 @@ class Composer:
         frames = []
         for layer in layers:
             f = program.frame_of(layer)
+            self._blaslt_workspace("forward", layer, layer.forward)
             program.play("forward", step, f, layer.forward, [(f, PORT_X, before, slot)])
             if frames:
                 program.play("forward", step, before, layers[len(frames) - 1].after_next)
@@ -169,6 +183,7 @@ class Composer:
         frees_shared: Tape = [(s, 0) for s, keep in shared if keep]
         if layers[0].x_dies == "model" and not embedding.holds_out:
             program.play("forward", step, e, [(embedding.out_slot, 0)])
+        self._blaslt_workspace("loss", head.segment, head.loss)
         program.play("loss", step, h, head.loss)
         # The autocast block is left: its weight copies go, those that the graph does not keep.
         program.play("loss", step, e, embedding.after_forward)
@@ -184,6 +199,7 @@ class Composer:
             if slot < 0:
                 break
             tape = layer.backward
+            self._blaslt_workspace("backward", layer, tape)
             if f == frames[0] and embedding.holds_out:
                 tape = [event for event in tape if event != (PORT_X, 0)]
             program.play("backward", step, f, tape, [(f, PORT_DY, before, slot)])

@@ -42,6 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
     inputs: tuple[Tensor, ...] = (x, weight)
     if bias is not None:
         inputs = (x, weight, low(bias))
+        m.calls_blaslt()
     node = None
     if m.grad_enabled and any(t.requires_grad for t in inputs):
         saved = ([x] if weight.requires_grad else []) + ([weight] if x.requires_grad else [])

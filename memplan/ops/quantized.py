@@ -70,6 +70,8 @@ class Linear4bit:
         inputs = (x,) if bias is None else (x, bias)
         node = record(m, _backward_4bit, inputs, meta=self)
         weight = self.dequantise(x) if dequantises(num_rows, self.out_features, self.in_features) else None
+        if weight is not None and bias is not None:
+            m.calls_blaslt()
         result = result_of(node, m, (*x.shape[:-1], self.out_features), x.dtype)
         del weight
         return result

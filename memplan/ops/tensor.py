@@ -34,7 +34,9 @@ def round_block(num_bytes: int) -> int:
 class Machine:
     """Records one segment of a step: the tape, what each slot is for, and PyTorch's global modes."""
 
-    __slots__ = ("autocast", "cast_cache", "device", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape")
+    __slots__ = (
+        "autocast", "blaslt_tapes", "cast_cache", "device", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -54,12 +56,19 @@ class Machine:
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.pack: Callable[[Tensor], object] | None = None
         self.seq = 0
+        self.blaslt_tapes: list[Tape] = []
+        """The tapes on which cuBLASLt ran, which has a workspace of its own."""
 
     def new_tape(self) -> Tape:
         """Ends the current tape and starts another; returns the ended one."""
         ended, self.tape = self.tape, []
         assert ended is not None
         return ended
+
+    def calls_blaslt(self) -> None:
+        """A matrix product with a bias: cuBLASLt runs it (`addmm_out_cuda_impl`, aten/src/ATen/native/cuda/Blas.cpp)."""
+        if self.tape is not None and not any(tape is self.tape for tape in self.blaslt_tapes):
+            self.blaslt_tapes.append(self.tape)
 
     def stop(self) -> None:
         """Nothing that dies from here on is recorded (the handles of the machine itself go away)."""
