@@ -13,9 +13,11 @@ from memplan.architectures.builder import Weight
 from memplan.architectures.decoder import Decoder
 from memplan.memory.loading import load
 from memplan.memory.optimizers import Plan, plan_update
-from memplan.memory.record import Head, Stream, record_embedding, record_head, record_layer
+from memplan.memory.record import Stream, record_embedding, record_layer
+from memplan.memory.record_head import Head, record_head
 from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
-from memplan.ops.tensor import Tape, round_block
+from memplan.memory.training_loop import TrainingLoop
+from memplan.ops.tensor import Tape
 
 Link = tuple[int, int, int, int]
 """(to frame, to slot, from frame, from slot)"""
@@ -88,6 +90,7 @@ class Composer:
         self.num_steps = num_steps
         self.program = Program()
         self.blaslt_threads: set[str] = set()
+        self.loop = TrainingLoop(self.program, self.config)
 
     def compose(self) -> Program:
         first = self.record(accumulating=False)
@@ -96,6 +99,7 @@ class Composer:
         plan = plan_update(self.program.weights, self.config, self.decoder.device)
         optimizer = self._make_optimizer(plan)
         for step in range(self.num_steps):
+            self.loop.begin_step(step)
             gradients: list[tuple[int, list[tuple[str, int]]]] = []
             for micro in range(self.config.gradient_accumulation_steps):
                 made = self._micro_step(step, again if micro else first, is_first=step == 0 and micro == 0)
@@ -136,10 +140,6 @@ class Composer:
         if loading.empties_cache:
             program.play("prepare", 0, frame, EMPTY_CACHE)
         program.play("prepare", 0, frame, loading.adapters)
-        # input_ids, labels and, where rows are padded, attention_mask: int64 each
-        ids = round_block(self.config.tokens_per_micro_batch * 8)
-        inputs: Tape = [(slot, ids) for slot in range(3 if self.config.padding else 2)]
-        program.play("load", 0, program.frame_for(inputs, "inputs"), inputs)
 
     def _workspace(self, phase: str) -> None:
         if self.workspace_bytes:
@@ -190,6 +190,7 @@ class Composer:
         for f, layer in zip(frames, layers, strict=True):
             program.play("loss", step, f, layer.after_forward)
         program.play("loss", step, h, head.segment.after_forward)
+        program.play("loss", step, h, head.outputs)
 
         if is_first:
             self._workspace("backward")
@@ -204,16 +205,21 @@ class Composer:
                 tape = [event for event in tape if event != (PORT_X, 0)]
             program.play("backward", step, f, tape, [(f, PORT_DY, before, slot)])
             before, slot = f, layer.dx_slot
-        # The reentrant checkpoint's context holds its arguments as long as the graph lives.
-        program.play("clip" if self.config.reentrant else "backward", step, e, frees_shared)
+        if not self.config.reentrant:
+            program.play("backward", step, e, frees_shared)
         if slot >= 0:
             links = [(e, PORT_DY, before, slot)]
             if head.segment.tied_slot >= 0:
                 links.append((e, PORT_TIED, h, head.segment.tied_slot))
             program.play("backward", step, e, embedding.backward, links)
         # The loop lets go of the loss, and with it of the graph.
-        program.play("clip", step, h, [(head.segment.out_slot, 0)])
-        program.play("clip", step, e, embedding.after_loss)
+        released = "clip" if self.config.stack == "torch" else "backward"
+        if self.config.reentrant:  # the checkpoint's context holds its arguments as long as the graph lives
+            program.play(released, step, e, frees_shared)
+        if released == "clip":
+            program.play(released, step, h, [(head.segment.out_slot, 0)])
+        program.play(released, step, e, embedding.after_loss)
+        self.loop.end_micro_step(step, h, head.segment.out_slot)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
 
@@ -230,7 +236,7 @@ class Composer:
     ) -> None:
         """Clipping, the optimizer's step and zero_grad."""
         program = self.program
-        program.play("clip", step, program.frame_for(plan.clip, "temporaries"), plan.clip)
+        self.loop.clip(step, plan.clip)
         program.play("optimizer", step, frame, plan.later if step else plan.first)
         for f, slots in gradients:
             program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])

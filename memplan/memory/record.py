@@ -1,4 +1,4 @@
-"""Records the pieces of a run: embedding, each kind of layer, and the head with the loss."""
+"""Records the pieces of a run: embedding and each kind of layer; record_head.py has the last one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
 from memplan.ops.autocast import LOW
 from memplan.ops.autograd import expect, run_backward
 from memplan.ops.checkpoint import checkpoint, checkpoint_reentrant
-from memplan.ops.loss import causal_lm_loss
-from memplan.ops.tensor import EXTERNAL, Shape, Tape, Tensor
+from memplan.ops.tensor import EXTERNAL, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +21,6 @@ class Stream:
     shape: Shape
     dtype: DType
     requires_grad: bool
-
-
-@dataclass
-class Head:
-    """The last piece: `segment.forward` is the final norm, `loss` the head and the loss after it."""
-
-    segment: Segment
-    loss: Tape
 
 
 def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, list[int]]:
@@ -123,49 +114,3 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     if dies_with_model:
         segment.x_dies = "model"
     return segment
-
-
-def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
-    """Final norm, output head and loss."""
-    config = decoder.config
-    recorder = Recorder(autocast=config.autocast, device=decoder.device)
-    m = recorder.machine
-    build = Builder(decoder.spec, config, m)
-    norm = decoder.final_norm(build)
-    decoder.buffers(build)
-    lm_head = decoder.head(build)
-    if accumulating:
-        seed_gradients([p for p in build.parameters if p.name != decoder.tied_name])
-    x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
-    collector = x.node
-    hidden_states = norm(x)
-    del x
-    forward = m.new_tape()
-    with m.allocating("loss"):
-        loss = _loss(decoder, lm_head, hidden_states)
-        del hidden_states
-        loss_tape = m.new_tape()
-        m.cast_cache.clear()
-        after = m.new_tape()
-        ones = m.empty((), DType.fp32)  # torch.autograd.backward holds it until it returns
-        run_backward(loss, [ones.detach()])
-        del ones
-    dx = collector.meta if collector is not None else None
-    backward = m.new_tape()
-    # the scalar itself dies when the loop lets go of it
-    segment = finish("head", recorder, build, (forward, after, backward), out=None, dx=dx)
-    for slot, size in loss_tape:
-        if size:
-            segment.sizes[slot] = size
-    segment.out_slot = loss.storage.slot
-    for name, slot in segment.gradients:
-        if name == decoder.tied_name:
-            segment.tied_slot = slot
-    segment.gradients = [(name, slot) for name, slot in segment.gradients if name != decoder.tied_name]
-    return Head(segment, loss_tape)
-
-
-def _loss(decoder: Decoder, lm_head: object, hidden_states: Tensor) -> Tensor:
-    assert callable(lm_head)
-    logits = decoder.after_head(lm_head(hidden_states))
-    return causal_lm_loss(logits)

@@ -1,6 +1,6 @@
-"""The causal language-model loss: full logits, TRL's chunks, Liger's fused kernel.
+"""The causal language-model loss over full logits, and the scalars that a loss goes through.
 
-Full (transformers 5.17 loss/loss_utils.py `ForCausalLMLoss`), T tokens, V vocabulary: logits in the model's dtype,
+Source: transformers 5.17 loss/loss_utils.py `ForCausalLMLoss`. T tokens, V vocabulary: logits in the model's dtype,
 their fp32 copy, fp32 log-probabilities (saved); backward: fp32 gradient of the log-probabilities, fp32 gradient of
 the logits, its cast to the model's dtype.
 """
@@ -10,19 +10,25 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.ops.autocast import high
 from memplan.ops.autograd import Grads, Node, attach, record, save_result
-from memplan.ops.pointwise import GradList, to
-from memplan.ops.tensor import Tensor
+from memplan.ops.pointwise import GradList, mul_number, same_size_backward, to
+from memplan.ops.tensor import Machine, Tensor
 
 
-def causal_lm_loss(logits: Tensor) -> Tensor:
-    """ForCausalLMLoss(logits [B, S, V], labels): a scalar."""
+def causal_lm_loss(logits: Tensor, *, num_items_in_batch: bool = False) -> Tensor:
+    """ForCausalLMLoss(logits [B, S, V], labels): a scalar; with `num_items_in_batch` a sum divided by it."""
     m = logits.machine
     batch, tokens, vocab = logits.shape
     logits = to(logits, DType.fp32)
-    padded = m.empty((batch, tokens + 1), DType.int64)  # labels shifted by one (F.pad)
-    # shift_labels = padded[..., 1:].contiguous() is a view of it for one sequence, a copy for more
-    shift_labels = padded if batch == 1 else m.empty((batch, tokens), DType.int64)
-    return cross_entropy(logits.view(batch * tokens, vocab), shift_labels)
+    labels, shift_labels = shifted_labels(m, batch, tokens)
+    loss = cross_entropy(logits.view(batch * tokens, vocab), shift_labels)
+    del labels
+    return mul_number(loss) if num_items_in_batch else loss
+
+
+def shifted_labels(m: Machine, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """`labels` padded by one, and the labels that follow each token: a view of it for one sequence, a copy for more."""
+    padded = m.empty((batch, tokens + 1), DType.int64)
+    return padded, padded if batch == 1 else m.empty((batch, tokens), DType.int64)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,3 +62,23 @@ def _nll_backward(node: Node, grads: GradList) -> Grads:
     out = node.machine.empty(node.meta, DType.fp32)
     del saved
     return (out,)
+
+
+def scale_in_place(x: Tensor) -> Tensor:
+    """x *= number."""
+    m = x.machine
+    node = record(m, same_size_backward, (x,))
+    return attach(node, Tensor(x.storage, x.shape, x.dtype))
+
+
+def total(x: Tensor) -> Tensor:
+    """x.sum(): a scalar; backward expands its gradient, a view."""
+    m = x.machine
+    node = record(m, _total_backward, (x,), meta=x.shape)
+    return attach(node, m.empty((), DType.fp32 if x.dtype.is_floating else DType.int64))
+
+
+def _total_backward(node: Node, grads: GradList) -> Grads:
+    grad = grads[0]
+    assert grad is not None
+    return (Tensor(grad.storage, node.meta, grad.dtype),)

@@ -87,7 +87,8 @@ def plan_update(weights: Iterable[Weight], config: TrainConfig, device: Device =
     groups = _groups([w for w in weights if w.trains], config)
     plan = Plan(device)
     params = [_param(w, config) for w in weights if w.trains]
-    if config.max_grad_norm and params:
+    # transformers 5.17 trainer.py `_get_grad_norm`: without clipping the norm is taken all the same
+    if params and (config.max_grad_norm or config.stack != "torch"):
         plan.clip = clip_tape(params)
     row.steps(plan, groups)
     return plan

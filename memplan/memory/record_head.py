@@ -1,0 +1,171 @@
+"""Records the last piece of a run: final norm, output head and loss, in the order in which each stack lets go of them.
+
+torch: the loop keeps the loss alone (calibration/loop.py). trainer: transformers 5.17 trainer.py `training_step`,
+`compute_loss`; accelerate 1.15 utils/operations.py `convert_outputs_to_fp32`, accelerator.py `backward`. trl: TRL 1.16
+trainer/sft_trainer.py `compute_loss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Decoder
+from memplan.dtypes import DType
+from memplan.errors import MemplanError
+from memplan.memory.record import Stream
+from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
+from memplan.ops.autograd import run_backward
+from memplan.ops.linear import Linear
+from memplan.ops.loss import causal_lm_loss, scale_in_place, total
+from memplan.ops.loss_chunked import FusedOutput, fused_lm_head
+from memplan.ops.loss_liger import MODEL_TYPES, liger_causal_lm_loss
+from memplan.ops.pointwise import mul_number, neg, to
+from memplan.ops.tensor import Machine, Tape, Tensor
+
+
+@dataclass
+class Head:
+    """The last piece: `segment.forward` is the final norm, `loss` the head and the loss after it, `outputs` what the
+    stack does with them once the model's forward, and with it autocast, is left."""
+
+    segment: Segment
+    loss: Tape
+    outputs: Tape
+
+
+@dataclass
+class _Outputs:
+    """What the model returns."""
+
+    loss: Tensor
+    logits: Tensor | None = None
+    fused: FusedOutput | None = None
+
+
+def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
+    """Final norm, output head and loss.
+
+    Raises:
+        MemplanError: a loss that the model, or what stands at its output head, does not allow.
+    """
+    config = decoder.config
+    recorder = Recorder(autocast=config.autocast, device=decoder.device)
+    m = recorder.machine
+    build = Builder(decoder.spec, config, m)
+    norm = decoder.final_norm(build)
+    decoder.buffers(build)
+    lm_head = decoder.head(build)
+    if accumulating:
+        seed_gradients([p for p in build.parameters if p.name != decoder.tied_name])
+    x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
+    collector = x.node
+    hidden_states = norm(x)
+    del x
+    forward = m.new_tape()
+    with m.allocating("loss"):
+        outputs = _model_outputs(decoder, lm_head, hidden_states)
+        del hidden_states
+        if config.stack == "torch":
+            outputs.logits = outputs.fused = None
+        loss_tape = m.new_tape()
+        m.cast_cache.clear()
+        after = m.new_tape()
+        m.autocast = False
+        loss = _stack_loss(decoder, outputs)
+        del outputs
+        outputs_tape = m.new_tape()
+        scaled = loss if config.stack == "torch" else mul_number(loss)  # accelerator.backward divides by 1
+        ones = m.empty((), DType.fp32)  # torch.autograd.backward holds it until it returns
+        run_backward(scaled, [ones.detach()])
+        del ones, scaled
+        if config.stack != "torch":
+            _check_finite(m)
+    dx = collector.meta if collector is not None else None
+    backward = m.new_tape()
+    # the scalar itself dies when the loop lets go of it
+    segment = finish("head", recorder, build, (forward, after, backward), out=None, dx=dx)
+    for slot, size in (*loss_tape, *outputs_tape):
+        if size:
+            segment.sizes[slot] = size
+    segment.out_slot = loss.storage.slot
+    for name, slot in segment.gradients:
+        if name == decoder.tied_name:
+            segment.tied_slot = slot
+    segment.gradients = [(name, slot) for name, slot in segment.gradients if name != decoder.tied_name]
+    return Head(segment, loss_tape, outputs_tape)
+
+
+def _model_outputs(decoder: Decoder, lm_head: object, hidden_states: Tensor) -> _Outputs:
+    """The rest of the model's forward, under autocast."""
+    config, spec = decoder.config, decoder.spec
+    counted = config.stack != "torch"  # the trainers pass num_items_in_batch
+    if config.loss == "chunked":
+        weight, bias = _weight_of(lm_head)
+        batch, tokens = decoder.batch
+        fused = fused_lm_head(
+            hidden_states, weight, bias, num_labels=batch * (tokens - 1), with_metrics=config.stack == "trl"
+        )
+        return _Outputs(fused.loss, fused=fused)
+    if config.loss == "liger" and spec.model_type in MODEL_TYPES:
+        return _Outputs(liger_causal_lm_loss(hidden_states, _weight_of(lm_head)[0], num_items_in_batch=counted))
+    assert callable(lm_head)
+    logits = decoder.after_head(lm_head(hidden_states))
+    return _Outputs(causal_lm_loss(logits, num_items_in_batch=counted), logits)
+
+
+def _weight_of(lm_head: object) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(lm_head, Linear):
+        raise MemplanError(
+            "this loss reads the weight of `lm_head` itself, so an adapter on it would not be trained",
+            hints=["leave `lm_head` out of `target_modules`, or use `loss=full`"],
+        )
+    return lm_head.weight, lm_head.bias
+
+
+def _stack_loss(decoder: Decoder, outputs: _Outputs) -> Tensor:
+    """What the training loop makes of the outputs before backward."""
+    config = decoder.config
+    if config.stack == "torch":
+        steps = config.gradient_accumulation_steps
+        return mul_number(outputs.loss) if steps > 1 else outputs.loss
+    if config.autocast and outputs.logits is not None:
+        outputs.logits = to(outputs.logits, DType.fp32)
+    if config.stack == "trl" and outputs.fused is not None:
+        return _sft_loss(outputs.fused)
+    return scale_in_place(outputs.loss)  # loss *= num_processes
+
+
+def _sft_loss(fused: FusedOutput) -> Tensor:
+    """SFTTrainer.compute_loss: the mean over the labelled tokens, then entropy and token accuracy."""
+    m = fused.loss.machine
+    per_token_loss = neg(fused.log_probs)
+    summed = total(per_token_loss)
+    num_tokens = m.empty((), DType.int64)  # clamp(min=1), kept by the division
+    loss = mul_number(summed)
+    del summed
+    loss = mul_number(loss)  # times num_processes
+    assert fused.entropy is not None and fused.is_top1 is not None
+    sums = [_summed_twice(m, dtype) for dtype in (DType.int64, DType.fp32, DType.int64)]
+    for _ in range(2):
+        is_positive, ratio = m.empty((), DType.bool8), m.empty((), DType.fp32)
+        del is_positive, ratio
+    num_tokens_in_batch = _summed_twice(m, DType.int64)
+    del num_tokens_in_batch, sums, num_tokens, per_token_loss
+    return loss
+
+
+def _summed_twice(m: Machine, dtype: DType) -> Tensor:
+    """x.sum(), gathered over one process, and summed again."""
+    once = m.empty((), dtype)
+    twice = m.empty((), dtype)
+    del once
+    return twice
+
+
+def _check_finite(m: Machine) -> None:
+    """torch.isnan(loss) or torch.isinf(loss)."""
+    is_nan = m.empty((), DType.bool8)
+    del is_nan
+    magnitude, is_inf = m.empty((), DType.fp32), m.empty((), DType.bool8)
+    del magnitude, is_inf
