@@ -7,47 +7,33 @@ to split off, so that the order matters for what the allocator counts as allocat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Sequence
 
 from memplan.architectures.builder import Weight
 from memplan.dtypes import DType
+from memplan.memory.loading_adapters import make_adapters
+from memplan.memory.loading_tapes import Loading
 from memplan.ops.quantized import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from memplan.ops.tensor import Tape, round_block
 from memplan.train_config import TrainConfig
 
-
-@dataclass
-class Loading:
-    """Three tapes over one frame: the base model, what k-bit preparation casts, the adapters."""
-
-    base: Tape = field(default_factory=list)
-    casts: Tape = field(default_factory=list)
-    adapters: Tape = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    empties_cache: bool = False
-    """prepare_model_for_kbit_training ends with torch.cuda.empty_cache() (PEFT 0.21.2 utils/other.py)."""
-
-    def events(self) -> Iterator[tuple[int, int]]:
-        return chain(self.base, self.casts, self.adapters)
-
-    def allocate(self, tape: Tape, num_bytes: int, kind: str) -> int:
-        self.kinds.append(kind)
-        slot = len(self.kinds) - 1
-        tape.append((slot, round_block(num_bytes)))
-        return slot
+QMAP_BYTES = 256 * 4
 
 
-def load(weights: list[Weight], config: TrainConfig) -> Loading:
-    """The base model comes first, then what prepare_model_for_kbit_training casts, then the adapters."""
+def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int = 0) -> Loading:
+    """The base model, parameters before buffers; what prepare_model_for_kbit_training casts, one by one; the adapters.
+
+    `workspace_bytes` is what cuBLAS takes at its first product, which with DoRA is one of these.
+    """
     loading = Loading(empties_cache=config.method == "qlora" and config.kbit_prep)
+    base = [w for w in weights if w.kind != "adapters"]
     casts: list[tuple[int, Weight]] = []
-    for w in weights:
-        if w.kind == "adapters":
-            continue
+    if config.double_quant and any(w.stored for w in base):
+        double_quant_map = [True]
+    else:
+        double_quant_map = []
+    for w in sorted(base, key=lambda w: w.buffer):
         if w.stored:
-            _quantise(loading, w, config)
+            _quantise(loading, w, config, double_quant_map)
             continue
         loaded = w.loaded_dtype or w.dtype
         slot = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)
@@ -55,47 +41,47 @@ def load(weights: list[Weight], config: TrainConfig) -> Loading:
             casts.append((slot, w))
     for slot, w in casts:
         loading.allocate(loading.casts, w.numel * w.dtype.itemsize, w.kind)
-        loading.casts.append((slot, 0))
-    _adapters(loading, [w for w in weights if w.kind == "adapters"], config)
+        loading.free(loading.casts, slot)
+    make_adapters(loading, weights, config, workspace_bytes)
     return loading
 
 
-def _adapters(loading: Loading, weights: list[Weight], config: TrainConfig) -> None:
-    """PEFT 0.21.2 tuners/tuners_utils.py: each adapter is made in the dtype of the base weight that it stands beside
-    (`_move_adapter_to_device_of_base_layer`; a 4-bit weight counts as its compute dtype), then all are cast to fp32 one
-    by one (`cast_adapter_dtype`), then to the dtype that was asked for, if it is another (TRL 1.16 trainer/sft_trainer.py).
-    """
-    made = DType[config.weight_dtype]
-    if made is DType.fp32 and config.method == "qlora":
-        made = DType.bf16
-    dtypes = [made]
-    for dtype in (DType.fp32, DType[config.adapter_dtype]):
-        if dtype is not dtypes[-1]:
-            dtypes.append(dtype)
-    slots: list[int] = []
-    for step, dtype in enumerate(dtypes):
-        for index, w in enumerate(weights):
-            slot = loading.allocate(loading.adapters, w.numel * dtype.itemsize, w.kind)
-            if step:
-                loading.adapters.append((slots[index], 0))
-                slots[index] = slot
-            else:
-                slots.append(slot)
+def _quantise(loading: Loading, w: Weight, config: TrainConfig, double_quant_map: list[bool]) -> None:
+    """A weight made on the device and quantised there."""
+    plain = loading.allocate(loading.base, w.numel * w.dtype.itemsize)
+    if config.quant_type == "int8":
+        _quantise_int8(loading, w)
+    else:
+        _quantise_4bit(loading, w, config, double_quant_map)
+    loading.free(loading.base, plain)
 
 
-def _quantise(loading: Loading, w: Weight, config: TrainConfig) -> None:
-    """bitsandbytes 0.50.2 functional.py `quantize_4bit`, on a weight made on the device."""
+def _quantise_int8(loading: Loading, w: Weight) -> None:
+    """bitsandbytes 0.50.2 nn/modules.py `Int8Params._quantize`: a copy in fp16, a scale a row, the codes."""
+    tape = loading.base
+    half = loading.allocate(tape, w.numel * DType.fp16.itemsize)
+    loading.allocate(tape, w.shape[0] * 4, w.kind)
+    loading.allocate(tape, w.numel, w.kind)
+    loading.free(tape, half)
+
+
+def _quantise_4bit(loading: Loading, w: Weight, config: TrainConfig, double_quant_map: list[bool]) -> None:
+    """bitsandbytes 0.50.2 functional.py `quantize_4bit`; the first nested one makes the global `name2qmap`."""
     blocks = -(-w.numel // BLOCK_SIZE)
     tape = loading.base
-    plain = loading.allocate(tape, w.numel * w.dtype.itemsize, "temporaries")
     absmax = loading.allocate(tape, blocks * 4, "temporaries" if config.double_quant else w.kind)
     loading.allocate(tape, (w.numel + 1) // 2, w.kind)
     loading.allocate(tape, 16 * 4, w.kind)
-    if config.double_quant:
-        loading.allocate(tape, 4, w.kind)
-        centred = loading.allocate(tape, blocks * 4, "temporaries")
-        loading.allocate(tape, 256 * 4, w.kind)
-        loading.allocate(tape, -(-blocks // NESTED_BLOCK_SIZE) * 4, w.kind)
-        loading.allocate(tape, blocks, w.kind)
-        tape += [(centred, 0), (absmax, 0)]
-    tape.append((plain, 0))
+    # get_4bit_type: data.div_(data.abs().max())
+    loading.free(tape, loading.allocate(tape, 16 * 4), loading.allocate(tape, 4))
+    if not config.double_quant:
+        return
+    loading.allocate(tape, 4, w.kind)
+    centred = loading.allocate(tape, blocks * 4)
+    if double_quant_map:
+        double_quant_map.clear()
+        loading.allocate(tape, QMAP_BYTES, w.kind)
+    loading.allocate(tape, -(-blocks // NESTED_BLOCK_SIZE) * 4, w.kind)
+    loading.allocate(tape, blocks, w.kind)
+    loading.allocate(tape, QMAP_BYTES, w.kind)
+    loading.free(tape, centred, absmax)

@@ -1,0 +1,33 @@
+"""The tapes that loading fills, over one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+from memplan.ops.tensor import Tape, round_block
+
+
+@dataclass
+class Loading:
+    """Three tapes over one frame: the base model, what k-bit preparation casts, the adapters."""
+
+    base: Tape = field(default_factory=list)
+    casts: Tape = field(default_factory=list)
+    adapters: Tape = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    empties_cache: bool = False
+    """prepare_model_for_kbit_training ends with torch.cuda.empty_cache() (PEFT 0.21.2 utils/other.py)."""
+
+    def events(self) -> Iterator[tuple[int, int]]:
+        return chain(self.base, self.casts, self.adapters)
+
+    def allocate(self, tape: Tape, num_bytes: int, kind: str = "temporaries") -> int:
+        self.kinds.append(kind)
+        slot = len(self.kinds) - 1
+        tape.append((slot, round_block(num_bytes)))
+        return slot
+
+    def free(self, tape: Tape, *slots: int) -> None:
+        tape += [(slot, 0) for slot in slots]
