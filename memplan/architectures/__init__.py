@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.architectures.decoder import Decoder
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
+from memplan.architectures.moe import Mixtral
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
@@ -13,6 +14,7 @@ from memplan.train_config import TrainConfig
 FAMILIES: dict[str, type[Decoder]] = {
     "llama": Llama,
     "mistral": Mistral,
+    "mixtral": Mixtral,
     "qwen2": Llama,
     "qwen3": Llama,
 }

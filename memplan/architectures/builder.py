@@ -6,14 +6,16 @@ weights, in the order in which the model registers them, for loading, the optimi
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, field
 from math import prod
 
+from memplan.architectures.peft_targets import adapts_module, parameter_rank
 from memplan.dtypes import DType
+from memplan.errors import MemplanError
 from memplan.model_spec import ModelSpec
 from memplan.ops.linear import Linear
 from memplan.ops.lora import LoraLinear
+from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 from memplan.ops.quantized import Linear4bit, storage_bytes_4bit
 from memplan.ops.tensor import Machine, Parameter, Shape, Tensor, round_block
@@ -74,12 +76,9 @@ class Builder:
 
     def is_target(self, name: str) -> bool:
         """Whether PEFT puts an adapter on the linear layer `name` (tuners/tuners_utils.py `check_target_module_exists`)."""
-        targets = self.config.target_modules
         if not self.config.trains_adapters:
             return False
-        if targets == "all-linear":
-            return not name.startswith("lm_head")
-        return any(name == t or name.endswith("." + t) or fnmatch.fnmatch(name, t) for t in targets)
+        return adapts_module(self.spec.model_type, self.config.target_modules, name)
 
     def parameter(self, name: str, shape: Shape, *, kind: str = "weights", dtype: DType | None = None) -> Parameter:
         """A weight that is not quantised."""
@@ -140,6 +139,29 @@ class Builder:
         return LoraLinear(
             base, Linear(in_features, rank, down), Linear(rank, out_features, up), self.config.lora_dropout
         )
+
+    def adapt(self, *parameters: BareParameter) -> None:
+        """Puts adapters around those of a module's bare parameters that PEFT targets (tuners/lora/layer.py `ParamWrapper`).
+
+        Raises:
+            MemplanError: dropout or DoRA, which such adapters do not take.
+        """
+        for bare in parameters if self.config.trains_adapters else ():
+            weight, config = bare.weight, self.config
+            assert config.rank is not None
+            rank = parameter_rank(self.spec.model_type, config.target_modules, weight.name, config.rank)
+            if not rank:
+                continue
+            if config.lora_dropout or config.use_dora:
+                raise MemplanError(
+                    f"PEFT's adapter of the parameter `{weight.name}` takes no `{'use_dora' if config.use_dora else 'lora_dropout'}`",
+                    hints=["leave it out, or name only attention projections in `target_modules`"],
+                )
+            num_experts = weight.shape[0] if len(weight.shape) == 3 else 1
+            dtype, (out_features, in_features) = DType[config.adapter_dtype], weight.shape[-2:]
+            down, up = (num_experts * rank, in_features), (out_features, num_experts * rank)
+            bare.lora_A = self.parameter(f"{weight.name}.lora_A.weight", down, kind="adapters", dtype=dtype)
+            bare.lora_B = self.parameter(f"{weight.name}.lora_B.weight", up, kind="adapters", dtype=dtype)
 
     def rms_norm(self, name: str, width: int) -> RMSNorm:
         return RMSNorm(self.parameter(f"{name}.weight", (width,)))

@@ -14,7 +14,7 @@ from memplan.ops.tensor import Tensor
 class Llama(Decoder):
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
         attention = self.self_attention(build, shared)
-        mlp = self.gated_mlp(build)
+        mlp = self.mlp(build, kind)
         norm = build.rms_norm("input_layernorm", self.spec.hidden_size)
         post_norm = build.rms_norm("post_attention_layernorm", self.spec.hidden_size)
 
@@ -30,6 +30,9 @@ class Llama(Decoder):
             return hidden_states  # noqa: RET504  the old one dies before the residual, as in the module
 
         return forward
+
+    def mlp(self, build: Builder, kind: str) -> Layer:
+        return self.gated_mlp(build)
 
     def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
         spec = self.spec
