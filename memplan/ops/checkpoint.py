@@ -10,6 +10,7 @@ Reentrant (`CheckpointFunction`): forward without a graph; backward runs forward
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 from memplan.ops.autograd import Grads, Node, attach, record, run_backward
 from memplan.ops.pointwise import GradList, incoming
@@ -24,28 +25,32 @@ class _StopRecomputation(Exception):
 
 
 class _Frame:
-    """One checkpointed call: its input, how many tensors it saved, and those that were recomputed."""
+    """One checkpointed call: its input, the placeholders of what it saved, and those tensors recomputed.
 
-    __slots__ = ("forward", "num_saved", "recomputed", "x")
+    Placeholders are held weakly, as torch holds them: what only a graph that is gone had saved is not kept again.
+    """
+
+    __slots__ = ("forward", "placeholders", "recomputed", "x")
 
     def __init__(self, forward: Forward, x: Tensor) -> None:
         self.forward = forward
         self.x = x.view(*x.shape)
         self.x.storage.mark("activations")
-        self.num_saved = 0
+        self.placeholders: list[ref[_Placeholder]] = []
         self.recomputed: list[Tensor | None] | None = None
 
     def pack(self, tensor: Tensor) -> object:
-        self.num_saved += 1
-        return _Placeholder(self, self.num_saved - 1)
+        placeholder = _Placeholder(self, len(self.placeholders))
+        self.placeholders.append(ref(placeholder))
+        return placeholder
 
     def pack_again(self, tensor: Tensor) -> object:
         assert self.recomputed is not None
         index = len(self.recomputed)
         tensor.storage.mark("activations")
         kept = tensor.detach()
-        self.recomputed.append(kept)
-        if index + 1 == self.num_saved:
+        self.recomputed.append(kept if self.placeholders[index]() is not None else None)
+        if index + 1 == len(self.placeholders):
             raise _StopRecomputation
         return kept.detach()
 
@@ -63,7 +68,7 @@ class _Frame:
 
 
 class _Placeholder:
-    __slots__ = ("frame", "index")
+    __slots__ = ("__weakref__", "frame", "index")
 
     def __init__(self, frame: _Frame, index: int) -> None:
         self.frame = frame
