@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 
 _BLOCK = 512
+_DISPATCH_MODULES = (__name__, "torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch")
 
 
 class Event(NamedTuple):
@@ -58,6 +59,16 @@ class _Storage:
 def block_bytes(num_bytes: int) -> int:
     """What the caching allocator counts as allocated for a request of `num_bytes`."""
     return -(-num_bytes // _BLOCK) * _BLOCK
+
+
+def _called_by_engine() -> bool:
+    """Whether autograd's engine itself, and no Python function, dispatched the op at hand."""
+    if torch._C._current_autograd_node() is None:
+        return False
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") in _DISPATCH_MODULES and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 class Tracker(TorchDispatchMode):
@@ -251,9 +262,11 @@ class Tracker(TorchDispatchMode):
         first, second = args[0], args[1]
         if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
             return False
-        if torch._C._current_autograd_node() is None or first.shape != second.shape or first.dtype != second.dtype:
+        if not _called_by_engine() or first.shape != second.shape or first.dtype != second.dtype:
             return False
         if first.untyped_storage()._cdata == second.untyped_storage()._cdata:
+            return False
+        if first._is_view():  # its autograd metadata holds the base, and so a second reference to the storage
             return False
         return bool(torch.ops.aten.is_non_overlapping_and_dense(first))
 
