@@ -164,6 +164,7 @@ def rotary_table(m: Machine, tokens: int, width: int, dtype: DType) -> tuple[Ten
     shape = (1, 1, tokens, width)
     positions = m.empty((1, 1, tokens), DType.fp32)
     frequencies = m.empty((1, width // 2, tokens), DType.fp32)
+    m.calls("cublas")
     doubled = m.empty(shape, DType.fp32)
     cosine = m.empty(shape, DType.fp32)
     cos = m.empty(shape, DType.fp32)

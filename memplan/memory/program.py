@@ -89,7 +89,8 @@ class Composer:
         self.workspace_bytes = workspace_bytes
         self.num_steps = num_steps
         self.program = Program()
-        self.blaslt_threads: set[str] = set()
+        self.workspaces: set[tuple[str, str]] = set()
+        """Thread and library of those taken: each keeps its own from its first product on."""
         self.loop = TrainingLoop(self.program, self.config)
 
     def compose(self) -> Program:
@@ -102,7 +103,7 @@ class Composer:
             self.loop.begin_step(step)
             gradients: list[tuple[int, list[tuple[str, int]]]] = []
             for micro in range(self.config.gradient_accumulation_steps):
-                made = self._micro_step(step, again if micro else first, is_first=step == 0 and micro == 0)
+                made = self._micro_step(step, again if micro else first)
                 if micro == 0:
                     gradients = made
             self._update(step, plan, gradients, optimizer)
@@ -133,7 +134,9 @@ class Composer:
     def _load(self, pieces: Pieces) -> None:
         program = self.program
         program.weights = self.all_weights(pieces)
-        loading = load(program.weights, self.config)
+        loading = load(program.weights, self.config, workspace_bytes=self.workspace_bytes)
+        if self.config.use_dora:
+            self.workspaces.add(("forward", "cublas"))
         frame = program.frame(loading.kinds, {slot: size for slot, size in loading.events() if size})
         program.play("load", 0, frame, loading.base)
         program.play("prepare", 0, frame, loading.casts)
@@ -141,33 +144,32 @@ class Composer:
             program.play("prepare", 0, frame, EMPTY_CACHE)
         program.play("prepare", 0, frame, loading.adapters)
 
-    def _workspace(self, phase: str) -> None:
-        if self.workspace_bytes:
-            tape = [(0, self.workspace_bytes)]
-            self.program.play(phase, 0, self.program.frame_for(tape, "workspaces"), tape)
-
-    def _blaslt_workspace(self, phase: str, segment: Segment, tape: Tape) -> None:
-        """Each thread's cuBLASLt has a workspace of its own, from its first call on."""
+    def _play(
+        self, phase: str, step: int, frame: int, segment: Segment, tape: Tape, links: Iterable[Link] = ()
+    ) -> None:
+        """Plays one of `segment`'s tapes; where a thread calls a library for the first time, its workspace comes in."""
         thread = "backward" if phase == "backward" else "forward"
-        if thread not in self.blaslt_threads and any(tape is used for used in segment.blaslt_tapes):
-            self.blaslt_threads.add(thread)
-            if self.workspace_bytes:
-                workspace = [(0, BLASLT_WORKSPACE_BYTES)]
-                self.program.play(phase, 0, self.program.frame_for(workspace, "workspaces"), workspace)
+        begin = 0
+        for library, used, at in segment.first_calls:
+            if used is not tape or not self.workspace_bytes or (thread, library) in self.workspaces:
+                continue
+            self.workspaces.add((thread, library))
+            self.program.play(phase, step, frame, tape[begin:at], links if begin == 0 else ())
+            begin = at
+            workspace = [(0, self.workspace_bytes if library == "cublas" else BLASLT_WORKSPACE_BYTES)]
+            self.program.play(phase, step, self.program.frame_for(workspace, "workspaces"), workspace)
+        self.program.play(phase, step, frame, tape[begin:] if begin else tape, links if begin == 0 else ())
 
-    def _micro_step(self, step: int, pieces: Pieces, *, is_first: bool) -> list[tuple[int, list[tuple[str, int]]]]:
+    def _micro_step(self, step: int, pieces: Pieces) -> list[tuple[int, list[tuple[str, int]]]]:
         program = self.program
         embedding, layers, head = pieces.embedding, pieces.layers, pieces.head
         e = program.frame_of(embedding)
-        program.play("forward", step, e, embedding.forward)
-        if is_first:
-            self._workspace("forward")
+        self._play("forward", step, e, embedding, embedding.forward)
         before, slot = e, embedding.out_slot
         frames = []
         for layer in layers:
             f = program.frame_of(layer)
-            self._blaslt_workspace("forward", layer, layer.forward)
-            program.play("forward", step, f, layer.forward, [(f, PORT_X, before, slot)])
+            self._play("forward", step, f, layer, layer.forward, [(f, PORT_X, before, slot)])
             if frames:
                 program.play("forward", step, before, layers[len(frames) - 1].after_next)
             frames.append(f)
@@ -183,8 +185,7 @@ class Composer:
         frees_shared: Tape = [(s, 0) for s, keep in shared if keep]
         if layers[0].x_dies == "model" and not embedding.holds_out:
             program.play("forward", step, e, [(embedding.out_slot, 0)])
-        self._blaslt_workspace("loss", head.segment, head.loss)
-        program.play("loss", step, h, head.loss)
+        self._play("loss", step, h, head.segment, head.loss)
         # The autocast block is left: its weight copies go, those that the graph does not keep.
         program.play("loss", step, e, embedding.after_forward)
         for f, layer in zip(frames, layers, strict=True):
@@ -192,18 +193,15 @@ class Composer:
         program.play("loss", step, h, head.segment.after_forward)
         program.play("loss", step, h, head.outputs)
 
-        if is_first:
-            self._workspace("backward")
-        program.play("backward", step, h, head.segment.backward)
+        self._play("backward", step, h, head.segment, head.segment.backward)
         before, slot = h, head.segment.dx_slot
         for f, layer in zip(reversed(frames), reversed(layers), strict=True):
             if slot < 0:
                 break
             tape = layer.backward
-            self._blaslt_workspace("backward", layer, tape)
             if f == frames[0] and embedding.holds_out:
                 tape = [event for event in tape if event != (PORT_X, 0)]
-            program.play("backward", step, f, tape, [(f, PORT_DY, before, slot)])
+            self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)])
             before, slot = f, layer.dx_slot
         if not self.config.reentrant:
             program.play("backward", step, e, frees_shared)

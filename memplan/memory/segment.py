@@ -62,8 +62,8 @@ class Segment:
     """Which of the shared tensors (positions, rotary tables, mask) are needed until its backward is over."""
     sizes: dict[int, int] = field(default_factory=dict)
     """Bytes of every slot, ports included."""
-    blaslt_tapes: list[Tape] = field(default_factory=list)
-    """Those of its tapes on which cuBLASLt runs."""
+    first_calls: list[tuple[str, Tape, int]] = field(default_factory=list)
+    """Where on each of its tapes cuBLAS and cuBLASLt first run."""
 
 
 class Recorder:
@@ -156,5 +156,5 @@ def finish(
         x_dies="forward" if freed_forward else "backward",
         keeps_shared=keeps_shared,
         sizes=sizes,
-        blaslt_tapes=machine.blaslt_tapes,
+        first_calls=machine.first_calls,
     )

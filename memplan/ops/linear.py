@@ -42,12 +42,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
     inputs: tuple[Tensor, ...] = (x, weight)
     if bias is not None:
         inputs = (x, weight, low(bias))
-        m.calls_blaslt()
     node = None
     if m.grad_enabled and any(t.requires_grad for t in inputs):
         saved = ([x] if weight.requires_grad else []) + ([weight] if x.requires_grad else [])
         node = record(m, _linear_backward, inputs, saved, meta=(x.shape, weight.shape))
-    return result_of(node, m, (*x.shape[:-1], out_features), x.dtype)
+    result = result_of(node, m, (*x.shape[:-1], out_features), x.dtype)
+    m.calls("cublas")
+    if bias is not None:
+        m.calls("cublaslt")
+    return result
 
 
 def _linear_backward(node: Node, grads: GradList) -> Grads:
@@ -55,9 +58,12 @@ def _linear_backward(node: Node, grads: GradList) -> Grads:
     x_shape, weight_shape = node.meta
     saved = [node.unpack(i) for i in range(len(node.saved))]
     d_weight = m.empty(weight_shape, grad.dtype) if node.needs[1] else None
+    if d_weight is not None:
+        m.calls("cublas")
     d_x = m.empty(x_shape, grad.dtype) if node.needs[0] else None
     if d_x is not None:
         d_x.is_reshaped = len(x_shape) > 2
+        m.calls("cublas")
     del saved
     # the engine sums the incoming gradient down to the bias
     return (d_x, d_weight) if len(node.needs) == 2 else (d_x, d_weight, grad if node.needs[2] else None)
@@ -71,7 +77,9 @@ def bmm(a: Tensor, b: Tensor, out_shape: tuple[int, ...]) -> Tensor:
     if m.grad_enabled and (a.requires_grad or b.requires_grad):
         saved = ([b] if a.requires_grad else []) + ([a] if b.requires_grad else [])
         node = record(m, _bmm_backward, (a, b), saved, meta=(a.shape, b.shape))
-    return result_of(node, m, out_shape, a.dtype)
+    result = result_of(node, m, out_shape, a.dtype)
+    m.calls("cublas")
+    return result
 
 
 def _bmm_backward(node: Node, grads: GradList) -> Grads:

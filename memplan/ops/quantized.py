@@ -70,9 +70,11 @@ class Linear4bit:
         inputs = (x,) if bias is None else (x, bias)
         node = record(m, _backward_4bit, inputs, meta=self)
         weight = self.dequantise(x) if dequantises(num_rows, self.out_features, self.in_features) else None
-        if weight is not None and bias is not None:
-            m.calls_blaslt()
         result = result_of(node, m, (*x.shape[:-1], self.out_features), x.dtype)
+        if weight is not None:
+            m.calls("cublas")
+            if bias is not None:
+                m.calls("cublaslt")
         del weight
         return result
 
@@ -100,6 +102,7 @@ def _backward_4bit(node: Node, grads: GradList) -> Grads:
     if node.needs[0]:
         weight = layer.dequantise(grad, fused=False)[-1]  # the absmax dies in dequantize_4bit
         d_x = node.machine.empty((*grad.shape[:-1], layer.in_features), grad.dtype)
+        node.machine.calls("cublas")
         del weight
     return (d_x,) if len(node.needs) == 1 else (d_x, grad if node.needs[1] else None)
 

@@ -35,7 +35,7 @@ class Machine:
     """Records one segment of a step: the tape, what each slot is for, and PyTorch's global modes."""
 
     __slots__ = (
-        "autocast", "blaslt_tapes", "cast_cache", "device", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape"
+        "autocast", "cast_cache", "device", "first_calls", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape"
     )  # fmt: skip
 
     def __init__(
@@ -56,8 +56,8 @@ class Machine:
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.pack: Callable[[Tensor], object] | None = None
         self.seq = 0
-        self.blaslt_tapes: list[Tape] = []
-        """The tapes on which cuBLASLt ran, which has a workspace of its own."""
+        self.first_calls: list[tuple[str, Tape, int]] = []
+        """Where each library of matrix products first ran: its name, the tape, the number of events before."""
 
     def new_tape(self) -> Tape:
         """Ends the current tape and starts another; returns the ended one."""
@@ -65,10 +65,13 @@ class Machine:
         assert ended is not None
         return ended
 
-    def calls_blaslt(self) -> None:
-        """A matrix product with a bias: cuBLASLt runs it (`addmm_out_cuda_impl`, aten/src/ATen/native/cuda/Blas.cpp)."""
-        if self.tape is not None and not any(tape is self.tape for tape in self.blaslt_tapes):
-            self.blaslt_tapes.append(self.tape)
+    def calls(self, library: str) -> None:
+        """A matrix product runs, its result is there: "cublas", and with a bias "cublaslt"
+        (`addmm_out_cuda_impl`, aten/src/ATen/native/cuda/Blas.cpp). A thread's first one takes the library's workspace.
+        """
+        if self.tape is None or any(name == library and tape is self.tape for name, tape, _ in self.first_calls):
+            return
+        self.first_calls.append((library, self.tape, len(self.tape)))
 
     def stop(self) -> None:
         """Nothing that dies from here on is recorded (the handles of the machine itself go away)."""
