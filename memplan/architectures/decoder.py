@@ -36,6 +36,8 @@ class Decoder:
 
     layer_prefix = "model.layers"
     embedding_name = "model.embed_tokens"
+    softmax_in_fp32 = True
+    """Eager attention's softmax runs in fp32 whatever the dtype of the scores."""
     supports_sdpa = True
     """Off, transformers takes eager attention whatever is asked."""
     sliding_layers_have_own_rotary = False
@@ -144,17 +146,31 @@ class Decoder:
         )
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shared: Shared, *, p: float | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, shared: Shared, *, p: float | None = None, by_heads: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention function that the run asks for: [B, S, N, H], and eager's probabilities."""
+        """The attention function that the run asks for: [B, S, N, H], and eager's probabilities.
+
+        `by_heads`: q and k lie [B, N, S, H] in memory, as the concatenation of a partial rotation leaves them.
+        """
         groups = q.shape[1] // k.shape[1]
         p = self.spec.attention_dropout if p is None else p
-        function = eager if self.attention_implementation == "eager" else sdpa
-        return function(q, k, v, mask=shared.mask, num_groups=groups, p=p)
+        if self.attention_implementation == "eager":
+            return eager(
+                q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=self.softmax_in_fp32, by_heads=by_heads
+            )
+        return sdpa(q, k, v, mask=shared.mask, num_groups=groups, p=p, by_heads=by_heads)
 
     def heads(self, x: Tensor, num_heads: int, *, rotated: bool = False) -> Tensor:
         """A projection seen by heads; see `split_heads` for when its gradient is copied."""
-        return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=rotated)
+        copies = rotated or self.config.attention == "eager" or self.attends_by_ops(x)
+        return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=copies)
+
+    def attends_by_ops(self, x: Tensor) -> bool:
+        """Whether sdpa has no fused kernel for projections like `x`: fp32 with grouped heads and no mask."""
+        spec, config = self.spec, self.config
+        grouped = spec.num_attention_heads != spec.num_key_value_heads
+        fp32 = x.dtype is DType.fp32 and not config.autocast
+        return grouped and fp32 and config.attention == "sdpa" and not config.padding
 
     def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         assert shared.cos is not None and shared.sin is not None

@@ -13,24 +13,22 @@ from __future__ import annotations
 
 from memplan.dtypes import DType
 from memplan.ops.autocast import high, low
-from memplan.ops.autograd import Grads, Node, attach, record, result_of, save_result
+from memplan.ops.autograd import attach, record, result_of, save_result
 from memplan.ops.cudnn import cudnn_attention, takes_cudnn
+from memplan.ops.efficient import efficient_attention
+from memplan.ops.flash import flash_attention, takes_flash
 from memplan.ops.linear import bmm
 from memplan.ops.pointwise import (
-    GradList,
     add,
     contiguous,
     dropout,
     expand_copy,
-    incoming,
     mul_number,
     same_size_backward,
     to,
 )
+from memplan.ops.sdpa_math import math_attention, softmax_backward
 from memplan.ops.tensor import Tensor
-
-FLASH_MAX_HEAD_DIM = 256
-"""Largest head that the flash kernel takes: sdp_utils.cpp `check_head_dim_size_flash`."""
 
 
 def split_heads(x: Tensor, num_heads: int, head_dim: int, *, copies: bool = False) -> Tensor:
@@ -56,21 +54,42 @@ def repeat_kv(x: Tensor, num_groups: int) -> Tensor:
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, num_groups: int, p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    num_groups: int,
+    p: float = 0.0,
+    softmax_in_fp32: bool = True,
+    by_heads: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """models/llama/modeling_llama.py `eager_attention_forward`: [B, S, N, H] and the probabilities, which
-    the decoder layer holds until it returns."""
+    the decoder layer holds until it returns.
+
+    `by_heads`: q and k lie [B, N, S, H] in memory (a partial rotation concatenates them), not [B, S, N, H].
+    """
     key_states = repeat_kv(k, num_groups)
     value_states = repeat_kv(v, num_groups)
     scores_shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    attn_weights = mul_number(bmm(q, key_states, scores_shape))
+    copies = q.shape[0] > 1
+    attn_weights = mul_number(
+        bmm(operand(q, copies and not by_heads), operand(key_states, copies and not by_heads and num_groups == 1), scores_shape)
+    )
     if mask is not None:
         attn_weights = add(attn_weights, mask)
-    attn_weights = to(softmax_fp32(attn_weights), q.dtype)
+    attn_weights = softmax_fp32(attn_weights) if softmax_in_fp32 else softmax(attn_weights)
+    attn_weights = to(attn_weights, q.dtype if softmax_in_fp32 else v.dtype)
     if p:
         attn_weights = dropout(attn_weights, p)
-    output = bmm(attn_weights, value_states, (*q.shape[:3], v.shape[3]))
+    output = bmm(attn_weights, operand(value_states, copies and num_groups == 1), (*q.shape[:3], v.shape[3]))
     return contiguous(output), attn_weights
+
+
+def operand(x: Tensor, copies: bool) -> Tensor:
+    """A [B, N, S, H] factor of torch.matmul, which copies what it cannot see as [B * N, S, H]: several sequences
+    that lie by tokens."""
+    return contiguous(x) if copies else x
 
 
 def softmax_fp32(x: Tensor) -> Tensor:
@@ -79,71 +98,37 @@ def softmax_fp32(x: Tensor) -> Tensor:
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Saves its result; backward allocates one tensor."""
+    """Saves its result; see `softmax_backward` for what backward allocates."""
     m = x.machine
     x = high(x)
-    node = record(m, same_size_backward, (x,))
+    node = record(m, softmax_backward, (x,))
     result = result_of(node, m, x.shape, x.dtype)
     save_result(node, result)
     return result
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, num_groups: int, p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    num_groups: int,
+    p: float = 0.0,
+    by_heads: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """integrations/sdpa_attention.py `sdpa_attention_forward` and the kernel it ends in: [B, S, N, H]."""
+    """integrations/sdpa_attention.py `sdpa_attention_forward` and the kernel it ends in: [B, S, N, H].
+
+    `by_heads`: see `eager`. cuDNN's result lies as q does, so that `transpose(1, 2).contiguous()` copies it then.
+    """
     if num_groups > 1 and (mask is not None or not k.shape[-1] == v.shape[-1] <= 256):
         k, v = repeat_kv(k, num_groups), repeat_kv(v, num_groups)
     q, k, v = low(q), low(k), low(v)
     if q.machine.device.prefers_cudnn_attention and takes_cudnn(q, v):
-        return cudnn_attention(q, k, v, mask), None
-    flash = mask is None and q.dtype.is_half and q.shape[-1] == v.shape[-1] <= FLASH_MAX_HEAD_DIM
-    return flash_attention(q, k, v) if flash else efficient_attention(q, k, v, mask), None
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """_scaled_dot_product_flash_attention; result in token order, so that `.contiguous()` after it is free."""
-    m = q.machine
-    node = record(m, _flash_backward, (q, k, v), (q, k, v))
-    batch, heads, tokens, _ = q.shape
-    result = m.empty((batch, tokens, heads, v.shape[-1]), q.dtype)
-    log_sum_exp = m.empty((batch, heads, tokens), DType.fp32)
-    random_state = m.empty((2,), DType.int64), m.empty((), DType.int64)
-    attach(node, result)
-    save_result(node, result, log_sum_exp, *random_state)
-    return result
-
-
-def _flash_backward(node: Node, grads: GradList) -> Grads:
-    saved = [node.unpack(i) for i in range(len(node.saved))]
-    q, k, v = saved[:3]
-    m = node.machine
-    d_q, d_k, d_v = m.empty(q.shape, q.dtype), m.empty(k.shape, k.dtype), m.empty(v.shape, v.dtype)
-    del saved, q, k, v
-    return d_q, d_k, d_v
-
-
-def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """_scaled_dot_product_efficient_attention; a boolean mask becomes an additive one of q's dtype first."""
-    m = q.machine
-    if mask is not None and not mask.dtype.is_floating:
-        mask = m.empty(mask.shape, q.dtype)
-    saved = (q, k, v) if mask is None else (q, k, v, mask)
-    node = record(m, _efficient_backward, (q, k, v), saved)
-    batch, heads, tokens, _ = q.shape
-    result = m.empty((batch, tokens, heads, v.shape[-1]), q.dtype)
-    log_sum_exp = m.empty((batch, heads, -(-tokens // 32) * 32), DType.fp32)
-    random_state = m.empty((), DType.int64), m.empty((), DType.int64)
-    attach(node, result)
-    save_result(node, result, log_sum_exp, *random_state)
-    return result
-
-
-def _efficient_backward(node: Node, grads: GradList) -> Grads:
-    saved = [node.unpack(i) for i in range(len(node.saved))]
-    q, k, v = saved[:3]
-    m = node.machine
-    d_q, d_k, d_v = m.empty(q.shape, q.dtype), m.empty(k.shape, k.dtype), m.empty(v.shape, v.dtype)
-    del saved, q, k, v
-    incoming(grads)
-    return d_q, d_k, d_v
+        output = cudnn_attention(q, k, v, mask)
+        return contiguous(output) if by_heads else output, None
+    if takes_flash(q, v, mask):
+        return flash_attention(q, k, v), None
+    if q.shape[1] != k.shape[1]:  # no fused kernel takes grouped heads in fp32
+        return math_attention(q, k, v, mask, num_groups), None
+    return efficient_attention(q, k, v, mask), None

@@ -2,7 +2,8 @@
 
     x @ W.T     saves the input if W trains, and W (no bytes: it is a parameter) if the input needs a gradient;
                 backward allocates dW first, then dx (MmBackward0, torch 2.11 tools/autograd/derivatives.yaml)
-    + bias      addmm: the same, and the bias gradient is a sum of the incoming gradient
+    + bias      addmm: the same but dx first (AddmmBackward0; the generated code goes by argument name: mat1, mat2),
+                and the bias gradient is a sum of the incoming gradient
 """
 
 from __future__ import annotations
@@ -57,16 +58,19 @@ def _linear_backward(node: Node, grads: GradList) -> Grads:
     grad, m = incoming(grads), node.machine
     x_shape, weight_shape = node.meta
     saved = [node.unpack(i) for i in range(len(node.saved))]
+    has_bias = len(node.needs) == 3
+    d_x = m.empty(x_shape, grad.dtype) if has_bias and node.needs[0] else None
     d_weight = m.empty(weight_shape, grad.dtype) if node.needs[1] else None
     if d_weight is not None:
         m.calls("cublas")
-    d_x = m.empty(x_shape, grad.dtype) if node.needs[0] else None
+    if not has_bias and node.needs[0]:
+        d_x = m.empty(x_shape, grad.dtype)
     if d_x is not None:
         d_x.is_reshaped = len(x_shape) > 2
         m.calls("cublas")
     del saved
     # the engine sums the incoming gradient down to the bias
-    return (d_x, d_weight) if len(node.needs) == 2 else (d_x, d_weight, grad if node.needs[2] else None)
+    return (d_x, d_weight, grad if node.needs[2] else None) if has_bias else (d_x, d_weight)
 
 
 def bmm(a: Tensor, b: Tensor, out_shape: tuple[int, ...]) -> Tensor:

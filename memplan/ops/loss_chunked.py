@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.autocast import LOW
 from memplan.ops.autograd import Grads, Node, attach, record, save_result
-from memplan.ops.masking import masked_scatter, select_rows, slice_tokens
 from memplan.ops.loss import total
+from memplan.ops.masking import masked_scatter, select_rows, slice_tokens
 from memplan.ops.pointwise import GradList, mul_number, neg
 from memplan.ops.tensor import EXTERNAL, Machine, Storage, Tensor
 

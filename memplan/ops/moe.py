@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.attention import softmax_fp32
 from memplan.ops.grouped_mm import grouped_mm
+from memplan.ops.linear import linear
+from memplan.ops.lora_parameter import Active, BareParameter, activated
+from memplan.ops.pointwise import add_in_place, mul, split_last, to
 from memplan.ops.rows import (
     cumulative_sum,
     divide_in_place,
@@ -26,9 +29,6 @@ from memplan.ops.rows import (
     sum_last,
     topk,
 )
-from memplan.ops.linear import linear
-from memplan.ops.lora_parameter import Active, BareParameter, activated
-from memplan.ops.pointwise import add_in_place, mul, split_last, to
 from memplan.ops.tensor import Machine, Tensor
 
 Gate = Callable[[Tensor], Tensor]

@@ -186,15 +186,16 @@ def _rsqrt_backward(node: Node, grads: GradList) -> Grads:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """native_dropout in training: result and a mask of one byte an element; the tensor itself when p is 0.
+    """native_dropout in training: a mask of one byte an element, and the result; the tensor itself when p is 0.
 
-    F.dropout calls native_dropout on CUDA also for p = 0 (it is `training` that decides), so callers skip
-    the call only where the module is nn.Identity.
+    Source: aten/src/ATen/native/Dropout.cpp `is_fused_kernel_acceptable`, native/cuda/Dropout.cu.
     """
+    if not p:
+        return x
     m = x.machine
     node = record(m, same_size_backward, (x,))
-    result = m.empty(x.shape, x.dtype)
     mask = m.empty(x.shape, DType.bool8)
+    result = m.empty(x.shape, x.dtype)
     attach(node, result)
     save_result(node, mask)
     return result

@@ -22,6 +22,19 @@ _SCAN_BYTES = 1023
 """What CUB asks for to scan one tile (`InclusiveScan` of DeviceScan, an allocation trace of an H200)."""
 
 
+def flatten_tokens(x: Tensor) -> Tensor:
+    """x.view(-1, x.shape[-1]): a view with a node of its own, so that gradients meet there and come back as a view."""
+    node = record(x.machine, _view_backward, (x,), meta=x.shape)
+    return attach(node, Tensor(x.storage, (x.numel // x.shape[-1], x.shape[-1]), x.dtype))
+
+
+def _view_backward(node: Node, grads: GradList) -> Grads:
+    grad = incoming(grads)
+    view = Tensor(grad.storage, node.meta, grad.dtype)
+    view.is_reshaped = True
+    return (view,)
+
+
 def index_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index] with a one-dimensional index: [len(index), ...]."""
     m = x.machine
