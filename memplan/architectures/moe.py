@@ -12,6 +12,7 @@ from memplan.architectures.decoder import Layer
 from memplan.architectures.llama import Llama
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, TopKRouter, gated
+from memplan.ops.rows import flatten_tokens
 from memplan.ops.tensor import Tensor
 
 
@@ -38,7 +39,7 @@ class Moe(Llama):
             gate = self.router(build)
 
         def forward(x: Tensor) -> Tensor:
-            hidden_states = x.view(x.shape[0] * x.shape[1], x.shape[2])
+            hidden_states = flatten_tokens(x)
             _, top_k_weights, top_k_index = gate(hidden_states)
             hidden_states = experts(hidden_states, top_k_index, top_k_weights)
             return hidden_states.view(*x.shape)

@@ -27,7 +27,7 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
     tape = loading.adapters
     slots: dict[str, int] = {}
     dtypes: dict[str, DType] = {}
-    for w in trained:
+    for w in sorted(trained, key=lambda w: w.name.partition(".lora_")[0] in base):  # linear layers, then bare parameters
         if SAVED in w.name:
             continue
         name = w.name.partition(".lora_")[0]
