@@ -39,10 +39,11 @@ class Linear:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """F.linear: [..., in] -> [..., out]."""
     m = x.machine
-    x, weight = low(x), low(weight)
-    inputs: tuple[Tensor, ...] = (x, weight)
-    if bias is not None:
-        inputs = (x, weight, low(bias))
+    # the casts are arguments of one call, which the compiler evaluates from the last to the first
+    bias = None if bias is None else low(bias)
+    weight = low(weight)
+    x = low(x)
+    inputs: tuple[Tensor, ...] = (x, weight) if bias is None else (x, weight, bias)
     node = None
     if m.grad_enabled and any(t.requires_grad for t in inputs):
         saved = ([x] if weight.requires_grad else []) + ([weight] if x.requires_grad else [])
@@ -76,7 +77,7 @@ def _linear_backward(node: Node, grads: GradList) -> Grads:
 def bmm(a: Tensor, b: Tensor, out_shape: tuple[int, ...]) -> Tensor:
     """torch.matmul of two batched tensors: each is saved if the other needs a gradient."""
     m = a.machine
-    a, b = low(a), low(b)
+    b, a = low(b), low(a)
     node = None
     if m.grad_enabled and (a.requires_grad or b.requires_grad):
         saved = ([b] if a.requires_grad else []) + ([a] if b.requires_grad else [])
