@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from memplan.architectures.decoder import Decoder
+from memplan.architectures.gemma import Gemma
+from memplan.architectures.gemma2 import Gemma2, Gemma3
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
 from memplan.architectures.moe import Mixtral
@@ -17,6 +19,9 @@ FAMILIES: dict[str, type[Decoder]] = {
     "mixtral": Mixtral,
     "qwen2": Llama,
     "qwen3": Llama,
+    "gemma": Gemma,
+    "gemma2": Gemma2,
+    "gemma3_text": Gemma3,
 }
 """Family of each `model_type`."""
 

@@ -18,7 +18,7 @@ from memplan.ops.lora import LoraLinear
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 from memplan.ops.quantized import Linear4bit, storage_bytes_4bit
-from memplan.ops.tensor import Machine, Parameter, Shape, Tensor, round_block
+from memplan.ops.tensor import EXTERNAL, Machine, Parameter, Shape, Storage, Tensor, round_block
 from memplan.train_config import TrainConfig
 
 
@@ -173,6 +173,7 @@ class Builder:
         weight = self.parameter(f"{name}.weight", (width,)) if affine else None
         return LayerNorm(weight, self.parameter(f"{name}.bias", (width,)) if affine and bias else None)
 
-    def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
+    def buffer(self, name: str, shape: Shape, dtype: DType) -> Tensor:
         """A tensor that the model keeps on the device and that is no parameter."""
         self.weights.append(Weight(name, shape, dtype, False, "weights", buffer=True))
+        return Tensor(Storage(self.machine, prod(shape) * dtype.itemsize, slot=EXTERNAL), shape, dtype)

@@ -145,6 +145,10 @@ class Decoder:
             "lm_head", spec.hidden_size, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
         )
 
+    def score_cap(self) -> Callable[[Tensor], Tensor] | None:
+        """What eager attention does to its scores before the mask is added (soft caps)."""
+        return None
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, shared: Shared, *, p: float | None = None, by_heads: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -155,9 +159,8 @@ class Decoder:
         groups = q.shape[1] // k.shape[1]
         p = self.spec.attention_dropout if p is None else p
         if self.attention_implementation == "eager":
-            return eager(
-                q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=self.softmax_in_fp32, by_heads=by_heads
-            )
+            fp32, cap = self.softmax_in_fp32, self.score_cap()
+            return eager(q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=fp32, by_heads=by_heads, cap=cap)
         return sdpa(q, k, v, mask=shared.mask, num_groups=groups, p=p, by_heads=by_heads)
 
     def heads(self, x: Tensor, num_heads: int, *, rotated: bool = False) -> Tensor:

@@ -1,22 +1,35 @@
-"""llama, mistral, qwen2, qwen3, smollm3: RMSNorm, rotary attention with grouped keys, gated MLP.
+"""llama, and qwen2 and qwen3, which differ by little: RMSNorm, rotary attention with grouped keys, gated MLP.
 
-Source: transformers 5.17 models/llama/modeling_llama.py; qwen2 adds q/k/v biases, qwen3 norms q and k by head.
+Sources: transformers 5.17 models/llama/modeling_llama.py; models/qwen2/modeling_qwen2.py adds q/k/v biases and layers
+with a sliding window; models/qwen3/modeling_qwen3.py norms q and k by head, so that they reach the rotary embedding
+from the norm.
 """
 
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Shared
+from memplan.architectures.decoder import Attention, Decoder, Layer, Norm, Shared
 from memplan.ops.pointwise import add, mul
 from memplan.ops.tensor import Tensor
 
 
 class Llama(Decoder):
+    def norm(self, build: Builder, name: str, width: int) -> Norm:
+        """The family's norm over `width`, with weights named `name`."""
+        return build.rms_norm(name, width)
+
+    def has_rope(self, kind: str) -> bool:
+        """Whether layers of `kind` rotate queries and keys."""
+        return True
+
+    def final_norm(self, build: Builder) -> Norm:
+        return self.norm(build, "model.norm", self.spec.hidden_size)
+
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
-        attention = self.self_attention(build, shared)
+        attention = self.self_attention(build, shared, rope=self.has_rope(kind))
         mlp = self.mlp(build, kind)
-        norm = build.rms_norm("input_layernorm", self.spec.hidden_size)
-        post_norm = build.rms_norm("post_attention_layernorm", self.spec.hidden_size)
+        norm = self.norm(build, "input_layernorm", self.spec.hidden_size)
+        post_norm = self.norm(build, "post_attention_layernorm", self.spec.hidden_size)
 
         def forward(hidden_states: Tensor) -> Tensor:
             residual = hidden_states
@@ -42,8 +55,8 @@ class Llama(Decoder):
         k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
         v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
         o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
-        q_norm = build.rms_norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None
-        k_norm = build.rms_norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
+        q_norm = self.norm(build, "self_attn.q_norm", spec.head_dim) if spec.qk_norm else None
+        k_norm = self.norm(build, "self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             q = self.heads(q_proj(x), spec.num_attention_heads, rotated=q_norm is None and rope)

@@ -11,6 +11,8 @@ Which kernel sdpa takes: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.dtypes import DType
 from memplan.ops.autocast import high, low
 from memplan.ops.autograd import attach, record, result_of, save_result
@@ -63,11 +65,13 @@ def eager(
     p: float = 0.0,
     softmax_in_fp32: bool = True,
     by_heads: bool = False,
+    cap: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """models/llama/modeling_llama.py `eager_attention_forward`: [B, S, N, H] and the probabilities, which
     the decoder layer holds until it returns.
 
     `by_heads`: q and k lie [B, N, S, H] in memory (a partial rotation concatenates them), not [B, S, N, H].
+    `cap` is what gemma2 does to the scores.
     """
     key_states = repeat_kv(k, num_groups)
     value_states = repeat_kv(v, num_groups)
@@ -76,6 +80,8 @@ def eager(
     attn_weights = mul_number(
         bmm(operand(q, copies and not by_heads), operand(key_states, copies and not by_heads and num_groups == 1), scores_shape)
     )
+    if cap is not None:
+        attn_weights = cap(attn_weights)
     if mask is not None:
         attn_weights = add(attn_weights, mask)
     attn_weights = softmax_fp32(attn_weights) if softmax_in_fp32 else softmax(attn_weights)

@@ -1,0 +1,29 @@
+"""gemma: llama with scaled embeddings, tied to the head, and norms that multiply by 1 + weight in fp32.
+
+Source: transformers 5.17 models/gemma/modeling_gemma.py. What is special for memory: the scaling of the embeddings is a
+product of its own, and a norm keeps two fp32 tensors of its input's size and no half one.
+"""
+
+from __future__ import annotations
+
+from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Norm
+from memplan.architectures.llama import Llama
+from memplan.ops.embedding import Embedding, embedding
+from memplan.ops.pointwise import mul, to
+from memplan.ops.tensor import Tensor
+
+
+class Gemma(Llama):
+    def embed(self, build: Builder) -> Tensor:
+        """`GemmaTextScaledWordEmbedding`: rows of the table times a scalar on the device."""
+        shape = self.spec.vocab_size, self.spec.hidden_size
+        table = Embedding(build.parameter(f"{self.embedding_name}.weight", shape))
+        embed_scale = to(build.buffer(f"{self.embedding_name}.embed_scale", (), build.dtype), table.weight.dtype)
+        embeddings = mul(embedding(table, self.batch), embed_scale)
+        if self.leaf_embeddings:
+            embeddings.requires_grad = True
+        return embeddings
+
+    def norm(self, build: Builder, name: str, width: int) -> Norm:
+        return build.offset_rms_norm(name, width)
