@@ -129,7 +129,7 @@ def sdpa(
     """
     if num_groups > 1 and (mask is not None or not k.shape[-1] == v.shape[-1] <= 256):
         k, v = repeat_kv(k, num_groups), repeat_kv(v, num_groups)
-    q, k, v = low(q), low(k), low(v)
+    v, k, q = low(v), low(k), low(q)  # see `linear`
     if q.machine.device.prefers_cudnn_attention and takes_cudnn(q, v):
         output = cudnn_attention(q, k, v, mask)
         return contiguous(output) if by_heads else output, None

@@ -227,5 +227,5 @@ def _deliver(node: Node, output: int, gradient: Tensor) -> None:
     if held is None:
         buffer[output] = kept = gradient.detach()
         kept.is_reshaped = gradient.is_reshaped
-    elif held.storage.refs != 1 or (held.is_reshaped and node.machine.device.is_cuda):
+    elif held.storage.refs != 1 or held.is_reshaped:
         buffer[output] = node.machine.empty(held.shape, held.dtype)

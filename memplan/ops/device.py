@@ -11,7 +11,8 @@ class Device:
 
     name: str
     is_cuda: bool = True
-    """Off, kernels allocate nothing of their own: that is how fake tensors on the CPU behave."""
+    """Off, kernels ask for no buffers whose size they choose inside (split reductions, cuDNN, cub): tests compare with
+    the real model on fake tensors, which has none."""
     num_sms: int = 132
     max_threads_per_sm: int = 2048
     prefers_cudnn_attention: bool = False

@@ -21,7 +21,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     m = q.machine
     if mask is not None:
         mask = additive_mask(mask, q.dtype)
-        if mask.shape[-1] % MASK_ALIGNMENT and m.device.is_cuda:  # `pad_bias`
+        if mask.shape[-1] % MASK_ALIGNMENT:  # `pad_bias`
             mask = m.empty((*mask.shape[:-1], -(-mask.shape[-1] // MASK_ALIGNMENT) * MASK_ALIGNMENT), q.dtype)
     saved = (q, k, v) if mask is None else (q, k, v, mask)
     node = record(m, _efficient_backward, (q, k, v), saved)
@@ -50,16 +50,15 @@ def _efficient_backward(node: Node, grads: GradList) -> Grads:
     q, k, v = saved[:3]
     m = node.machine
     d_q, d_k, d_v = m.empty(q.shape, q.dtype), m.empty(k.shape, k.dtype), m.empty(v.shape, v.dtype)
-    if m.device.is_cuda:
-        grad = incoming(grads)
-        shape = grad.shape
-        halves = (m.empty(shape, DType.fp32), m.empty(shape, DType.fp32)) if q.dtype.is_half else ()
-        product = m.empty(shape, DType.fp32)
-        row_sums = m.empty(q.shape[:3], DType.fp32)
-        delta = m.empty(q.shape[:3], DType.fp32)
-        del row_sums, product, halves, grad
-        workspace = m.workspace(backward_workspace_bytes(q))
-        del delta, workspace
+    grad = incoming(grads)
+    shape = grad.shape
+    halves = (m.empty(shape, DType.fp32), m.empty(shape, DType.fp32)) if q.dtype.is_half else ()
+    product = m.empty(shape, DType.fp32)
+    row_sums = m.empty(q.shape[:3], DType.fp32)
+    delta = m.empty(q.shape[:3], DType.fp32)
+    del row_sums, product, halves, grad
+    workspace = m.workspace(backward_workspace_bytes(q))
+    del delta, workspace
     del saved, q, k, v
     return d_q, d_k, d_v
 

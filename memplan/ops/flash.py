@@ -25,9 +25,8 @@ def takes_flash(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, N, S, H], k and v [B, K, S, H]: the result in token order, [B, S, N, H], so that `.contiguous()` of it
     is free."""
-    m = q.machine
     width = q.shape[-1]
-    if width % 8 and m.device.is_cuda:
+    if width % 8:
         padded = -(-width // 8) * 8
         output = _attend(pad_last(q, padded), pad_last(k, padded), pad_last(v, padded))
         return slice_last(output, width)
@@ -65,13 +64,12 @@ def _flash_backward(node: Node, grads: GradList) -> Grads:
     q, k, v = saved[:3]
     m = node.machine
     d_q, d_k, d_v = m.empty(q.shape, q.dtype), m.empty(k.shape, k.dtype), m.empty(v.shape, v.dtype)
-    if m.device.is_cuda:
-        batch, heads, tokens, width = q.shape
-        rows = -(-tokens // 128) * 128
-        softmax_d = m.empty((batch, heads, rows), DType.fp32)
-        accumulated = m.empty((batch, rows, heads, round_head(width)), DType.fp32)
-        expanded = (m.empty(q.shape, q.dtype), m.empty(q.shape, q.dtype)) if k.shape[1] != heads else ()
-        del softmax_d, accumulated, expanded
+    batch, heads, tokens, width = q.shape
+    rows = -(-tokens // 128) * 128
+    softmax_d = m.empty((batch, heads, rows), DType.fp32)
+    accumulated = m.empty((batch, rows, heads, round_head(width)), DType.fp32)
+    expanded = (m.empty(q.shape, q.dtype), m.empty(q.shape, q.dtype)) if k.shape[1] != heads else ()
+    del softmax_d, accumulated, expanded
     del saved, q, k, v
     return d_q, d_k, d_v
 

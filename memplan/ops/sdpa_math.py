@@ -70,11 +70,11 @@ def safe_softmax(x: Tensor) -> Tensor:
 
 
 def softmax_backward(node: Node, grads: GradList) -> Grads:
-    """One tensor, and on CUDA the product of gradient and result beside it (cuda/SoftMax.cu
+    """One tensor, and the product of gradient and result beside it (cuda/SoftMax.cu
     `softmax_backward_cuda_out`)."""
     result, m = node.unpack(), node.machine
     out = m.empty(result.shape, result.dtype)
-    product = m.empty(result.shape, result.dtype) if m.device.is_cuda else None
+    product = m.empty(result.shape, result.dtype)
     del product, result
     return (out,)
 
