@@ -1,0 +1,216 @@
+"""`python -m memplan.timing.fit --out timing.json records.jsonl ...`: fit the constants on measured steps.
+
+Rows are split by a seeded hash of the run (not of its repeats, which stay together), constants are fitted on one part
+and scored on the other: median, 90th percentile and bias of the relative error, launch-bound and device-bound rows
+apart. The fit minimises the Huber loss of log(predicted / measured) by Gauss-Newton over the logarithms of the
+constants, with a weak pull to where they start, which keeps a constant that no row tells anything about. Launch-bound
+rows weigh less: repeats of one such run differed by 15 to 40 % between hosts and processes, those of a device-bound
+one by 1 % (7B runs measured twice on H200s).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memplan import gpus
+from memplan.calibration.record import Record, read_records
+from memplan.errors import MemplanError
+from memplan.estimate import Estimate
+from memplan.gpus import GpuSpec
+from memplan.model_spec import ModelSpec
+from memplan.timing.model import LAUNCHES, StepTime, time_of
+from memplan.timing.roofline import Constants
+from memplan.timing.work import StepWork, step_work
+from memplan.train_config import TrainConfig
+
+HUBER = 0.15
+PRIOR = 0.1
+LAUNCH_BOUND_WEIGHT = 0.1
+NAMES = tuple(field.name for field in dataclasses.fields(Constants))
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured run and its counted work."""
+
+    id: str
+    config: TrainConfig
+    work: StepWork
+    seconds: float
+    """Fastest step after the first, which pays for compilation, allocation and the making of optimizer states."""
+    held_out: bool
+
+    def predict(self, gpu: GpuSpec, constants: Constants) -> StepTime:
+        return time_of(self.work, self.config, gpu, constants)
+
+
+def load_rows(paths: Iterable[Path], *, seed: int, held_out: float) -> tuple[list[Row], dict[str, int]]:
+    """Rows of all finished runs of at least two steps, and how many were left out, by reason."""
+    rows: list[Row] = []
+    left_out: dict[str, int] = {}
+    for path in paths:
+        for record in read_records(path).records:
+            if record.status != "ok" or len(record.step_seconds) < 2:
+                reason = "no second step" if record.status == "ok" else record.status
+                left_out[reason] = left_out.get(reason, 0) + 1
+                continue
+            try:
+                rows.append(_row(record, seed, held_out))
+            except MemplanError as error:
+                left_out[error.message] = left_out.get(error.message, 0) + 1
+    return rows, left_out
+
+
+def _row(record: Record, seed: int, held_out: float) -> Row:
+    config = record.case.train_config()
+    model = ModelSpec.from_hf_config(record.case.hf_config)
+    estimate = Estimate(model, config, None)
+    work = step_work(estimate.program, model, config)
+    run = json.dumps([record.case.hf_config, config.model_dump(mode="json")], sort_keys=True)
+    digest = hashlib.sha256(f"{seed}:{run}".encode()).digest()
+    return Row(
+        record.case.id, config, work, min(record.step_seconds[1:]), digest[0] < 256 * held_out
+    )
+
+
+def fit(rows: Sequence[Row], gpu: GpuSpec) -> Constants:
+    """The constants under which `rows` come out best; which rows are launch-bound is judged by a first fit."""
+    constants = Constants()
+    for _ in range(2):
+        constants = _fit(rows, gpu, [_weight(row, gpu, constants) for row in rows])
+    return constants
+
+
+def _weight(row: Row, gpu: GpuSpec, constants: Constants) -> float:
+    return LAUNCH_BOUND_WEIGHT if row.predict(gpu, constants).bound_by == LAUNCHES else 1.0
+
+
+def _fit(rows: Sequence[Row], gpu: GpuSpec, row_weights: Sequence[float], *, num_rounds: int = 40) -> Constants:
+    import numpy as np
+
+    trust = np.array(row_weights)
+
+    first = np.log(np.array([getattr(Constants(), name) for name in NAMES]))
+    at, damping = first.copy(), 1e-2
+
+    def residuals(point: Any) -> Any:
+        constants = _constants(point)
+        return np.array([math.log(row.predict(gpu, constants).step_seconds / row.seconds) for row in rows])
+
+    def loss(r: Any, point: Any) -> float:
+        size = np.abs(r)
+        huber = np.where(size < HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER))
+        return float((trust * huber).sum() + 0.5 * PRIOR**2 * ((point - first) ** 2).sum())
+
+    r = residuals(at)
+    best = loss(r, at)
+    for _ in range(num_rounds):
+        jacobian = np.empty((len(rows), len(NAMES)))
+        for index in range(len(NAMES)):
+            moved = at.copy()
+            moved[index] += 1e-4
+            jacobian[:, index] = (residuals(moved) - r) / 1e-4
+        weights = trust * np.minimum(1.0, HUBER / np.maximum(np.abs(r), 1e-12))
+        hessian = jacobian.T @ (weights[:, None] * jacobian) + PRIOR**2 * np.eye(len(NAMES))
+        gradient = jacobian.T @ (weights * r) + PRIOR**2 * (at - first)
+        before = best
+        for _ in range(12):
+            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)
+            trial = at - np.clip(step, -0.5, 0.5)
+            trial_r = residuals(trial)
+            trial_loss = loss(trial_r, trial)
+            if trial_loss < best:
+                at, r, best, damping = trial, trial_r, trial_loss, max(damping / 3, 1e-6)
+                break
+            damping *= 4
+        if before - best < 1e-6 * before:
+            break
+    return _constants(at)
+
+
+def _constants(point: Any) -> Constants:
+    return Constants(**{name: float(math.exp(x)) for name, x in zip(NAMES, point, strict=True)})
+
+
+def score(rows: Sequence[Row], gpu: GpuSpec, constants: Constants) -> dict[str, dict[str, float]]:
+    """Errors of all rows, of launch-bound ones and of the others, relative to what was measured."""
+    errors: dict[str, list[float]] = {"all": [], "launch-bound": [], "device-bound": []}
+    for row in rows:
+        time = row.predict(gpu, constants)
+        error = time.step_seconds / row.seconds - 1
+        errors["all"].append(error)
+        errors["launch-bound" if time.bound_by == LAUNCHES else "device-bound"].append(error)
+    return {name: _summary(found) for name, found in errors.items() if found}
+
+
+def _summary(errors: list[float]) -> dict[str, float]:
+    size = sorted(abs(e) for e in errors)
+    return {
+        "rows": len(errors),
+        "median": round(_quantile(size, 0.5), 4),
+        "p90": round(_quantile(size, 0.9), 4),
+        "bias": round(_quantile(sorted(errors), 0.5), 4),
+    }
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@app.command()
+def main(
+    records: Annotated[list[Path], typer.Argument(help="Measurement files.")],
+    out: Annotated[Path | None, typer.Option(help="Where the constants go.")] = None,
+    gpu: Annotated[str, typer.Option(help="The GPU they were measured on.")] = "h200",
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    held_out: Annotated[float, typer.Option(help="Share of the runs to score on.")] = 0.4,
+    verbose: Annotated[bool, typer.Option(help="Print every row.")] = False,
+) -> None:
+    """Fit on some of the measured runs, score on the others."""
+    card = gpus.get(gpu)
+    rows, left_out = load_rows(records, seed=seed, held_out=held_out)
+    train, test = [r for r in rows if not r.held_out], [r for r in rows if r.held_out]
+    constants = fit(train, card)
+    scores = {"fitted": score(train, card, constants), "held_out": score(test, card, constants)}
+    for reason, count in sorted(left_out.items()):
+        print(f"left out {count}: {reason}")
+    if verbose:
+        for row in sorted(rows, key=lambda row: (row.held_out, row.id)):
+            time = row.predict(card, constants)
+            print(
+                f"{'test ' if row.held_out else 'train'} {row.id:32s} {row.seconds * 1e3:9.1f} ms"
+                f" predicted {time.step_seconds * 1e3:9.1f} {time.step_seconds / row.seconds - 1:+7.1%}"
+                f" host {time.host_seconds * 1e3:8.1f} device {sum(time.device_seconds.values()) * 1e3:8.1f}"
+                f" {time.bound_by}"
+            )
+    for name in NAMES:
+        print(f"{name:20s} {getattr(constants, name):.4g}")
+    for part, figures in scores.items():
+        for kind, figure in figures.items():
+            print(f"{part:9s} {kind:13s} {figure}")
+    if out is not None:
+        body = {
+            "gpu": card.name,
+            "source": f"{len(rows)} measured runs, {len(train)} fitted and {len(test)} held out (split seed {seed})",
+            "constants": {name: float(f"{getattr(constants, name):.5g}") for name in NAMES},
+            "fitted": scores["fitted"],
+            "held_out": scores["held_out"],
+        }
+        out.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

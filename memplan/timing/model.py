@@ -1,0 +1,146 @@
+"""Seconds of a step: the host launches kernels, the device runs them, and the later of the two decides.
+
+Launching is asynchronous, so within a phase both run at once, and a device that lags behind lets the host run ahead
+into the next phase: end = max(end + device, host's begin + max(host, device)), phase by phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.dtypes import DType
+from memplan.estimate import Estimate
+from memplan.gpus import GpuSpec
+from memplan.timing.roofline import Constants, Roofline, roofline, shipped
+from memplan.timing.work import StepWork, step_work
+from memplan.train_config import TrainConfig
+
+COMPUTE, BANDWIDTH, LAUNCHES = "compute", "memory bandwidth", "kernel launches"
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One optimizer step on one GPU."""
+
+    step_seconds: float
+    host_seconds: float
+    """What launching takes."""
+    device_seconds: dict[str, float]
+    """What the kernels take, by part."""
+    floor_seconds: float
+    """No GPU of these peaks is faster: all arithmetic at the peak, all traffic at full bandwidth."""
+    tokens: int
+    model_flops: int
+    peak_flops: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: FLOPs that the method needs, recomputation left out, per second and peak
+        (Chowdhery et al. 2022, "PaLM", appendix B)."""
+        return self.model_flops / (self.step_seconds * self.peak_flops)
+
+    @property
+    def bound_by(self) -> str:
+        """What the step spends most of its time on."""
+        if self.host_seconds > sum(self.device_seconds.values()):
+            return LAUNCHES
+        arithmetic = self.device_seconds["matrix products"] + self.device_seconds["attention"]
+        return COMPUTE if arithmetic > sum(self.device_seconds.values()) / 2 else BANDWIDTH
+
+
+def step_time(
+    estimate: Estimate, gpu: GpuSpec, constants: Constants | None = None, *, num_micro_steps: int | None = None
+) -> StepTime:
+    """How long one optimizer step of `estimate`'s run takes on `gpu`.
+
+    Raises:
+        MemplanError: the GPU's peaks are not known, or it cannot multiply in the run's dtype.
+    """
+    work = step_work(estimate.program, estimate.model, estimate.config, num_micro_steps=num_micro_steps)
+    return time_of(work, estimate.config, gpu, constants or shipped().constants)
+
+
+def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Constants) -> StepTime:
+    """The time of work that has been counted before: the same work on many GPUs costs one counting."""
+    line = roofline(gpu, half_dtype(config), constants)
+    micro, update = _device(work, line)
+    micro_host, update_host = _host(work, config, constants)
+    begin = end = 0.0
+    parts = dict.fromkeys(("matrix products", "attention", "elementwise", "dequantisation", "optimizer"), 0.0)
+    for number in range(work.num_micro_steps):
+        for phase in ("forward", "backward"):
+            device = sum(micro[phase].values())
+            begin, end = _advance(begin, end, micro_host[phase], device)
+            for name, seconds in micro[phase].items():
+                parts[name] += seconds
+        if number:
+            added = line.stream(work.accumulation_bytes)
+            end += added
+            parts["elementwise"] += added
+    begin, end = _advance(begin, end, update_host, update)
+    parts["optimizer"] += update
+    return StepTime(
+        step_seconds=end + constants.per_step,
+        host_seconds=begin + constants.per_step,
+        device_seconds=parts,
+        floor_seconds=_floor(work, line),
+        tokens=work.tokens * work.num_micro_steps,
+        model_flops=work.model_flops,
+        peak_flops=line.half_flops,
+    )
+
+
+def half_dtype(config: TrainConfig) -> DType:
+    """The half precision in which most of the run multiplies (bf16 for one all in fp32, to have a peak to name)."""
+    return DType.fp16 if config.weight_dtype == "fp16" and not config.autocast else DType.bf16
+
+
+def _advance(begin: float, end: float, host: float, device: float) -> tuple[float, float]:
+    return begin + host, max(end + device, begin + max(host, device))
+
+
+def _device(work: StepWork, line: Roofline) -> tuple[dict[str, dict[str, float]], float]:
+    """Device seconds of one micro-step by phase and part, and of the update."""
+    micro: dict[str, dict[str, float]] = {}
+    kernel = line.constants.kernel
+    passes = 3 if work.num_checkpoints else 2
+    quantised = line.dequantise(work.dequantisation.read_bytes + work.dequantisation.written_bytes)
+    for phase, count, share, tiles in (
+        ("forward", work.forward, 1, work.tile_bytes[0]),
+        ("backward", work.backward, passes - 1, work.tile_bytes[1]),
+    ):
+        is_forward = phase == "forward"
+        micro[phase] = {
+            "matrix products": sum(line.matmul(m) for m in work.matmuls if (m.phase == "forward") is is_forward),
+            "attention": sum(line.attention(a) for a in work.attentions if (a.phase == "forward") is is_forward),
+            "elementwise": line.elementwise(count.written_bytes) + line.stream(tiles) + count.kernels * kernel,
+            "dequantisation": quantised * share / passes,
+        }
+    return micro, line.stream(work.update_bytes) + work.update.kernels * kernel
+
+
+def _host(work: StepWork, config: TrainConfig, c: Constants) -> tuple[dict[str, float], float]:
+    passes = 3 if work.num_checkpoints else 2
+    python = work.dequantisation.calls * c.per_dequantisation / passes
+    adapters = work.num_adapters * c.per_adapter
+    forward = work.forward.kernels * c.launch_forward + python + adapters
+    own = work.backward.kernels - work.recomputed.kernels
+    backward = own * c.launch_backward + python * (passes - 1)
+    if work.num_checkpoints:
+        backward += work.recomputed.kernels * c.launch_recompute + work.num_checkpoints * c.per_checkpoint + adapters
+    update = work.update.kernels * c.launch_update
+    if config.stack != "torch":
+        update += c.per_trainer_step
+    return {"forward": forward, "backward": backward}, update
+
+
+def _floor(work: StepWork, line: Roofline) -> float:
+    arithmetic = sum(m.flops / (line.half_flops if m.dtype.is_half else line.fp32_flops) for m in work.matmuls)
+    arithmetic += sum(a.flops / (line.half_flops if a.dtype.is_half else line.fp32_flops) for a in work.attentions)
+    quantised = work.dequantisation.read_bytes + work.dequantisation.written_bytes
+    traffic = work.forward.written_bytes + work.backward.written_bytes + sum(work.tile_bytes) + quantised
+    return work.num_micro_steps * (arithmetic + traffic / line.bandwidth) + work.update_bytes / line.bandwidth

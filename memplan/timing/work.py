@@ -1,0 +1,187 @@
+"""The work of one optimizer step, counted from the played program.
+
+Every tensor that the program allocates is written once by some kernel, so its allocations are the kernels of a step
+and their sizes the bytes written; what matrix products, attention and dequantisation write is theirs and is taken
+out. In-place kernels allocate nothing: those of the optimizer, of gradient accumulation and of a loss that works in
+tiles are counted beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from memplan.memory.program import Play, Program
+from memplan.model_spec import ModelSpec
+from memplan.ops.quantized import dequantises
+from memplan.ops.tensor import Tape
+from memplan.timing.flops import AttentionWork, Linear, Matmul, attentions, linears, matmuls
+from memplan.timing.update import update_passes
+from memplan.train_config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Kernels and the bytes that they write."""
+
+    kernels: int = 0
+    written_bytes: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.kernels + other.kernels, self.written_bytes + other.written_bytes)
+
+    def times(self, number: int) -> Count:
+        return Count(self.kernels * number, self.written_bytes * number)
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantisation:
+    """4-bit weights made half precision again: `calls` times, `read_bytes` into `written_bytes`."""
+
+    calls: int
+    read_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """One optimizer step: `num_micro_steps` forward and backward passes, then clipping and the update."""
+
+    num_micro_steps: int
+    tokens: int
+    """Of one micro-step."""
+    matmuls: tuple[Matmul, ...]
+    """Of one micro-step, as are the next four."""
+    attentions: tuple[AttentionWork, ...]
+    dequantisation: Dequantisation
+    forward: Count
+    backward: Count
+    """Recomputation included."""
+    recomputed: Count
+    """The part of `backward` that runs forward again."""
+    num_adapters: int
+    """Adapted linear layers."""
+    num_checkpoints: int
+    num_trained: int
+    """Trained tensors."""
+    tile_bytes: tuple[int, int]
+    """Read and written in place by the loss, forward and backward."""
+    update: Count
+    update_bytes: int
+    """Read and written by clipping and the optimizer."""
+    accumulation_bytes: int
+    """Read and written by adding one micro-step's gradients to the last one's."""
+
+    @property
+    def model_flops(self) -> int:
+        """Of one step, as MFU counts them: what the method needs, without recomputation."""
+        once = sum(m.flops for m in self.matmuls if m.phase != "recompute")
+        once += sum(a.flops for a in self.attentions if a.phase != "recompute")
+        return once * self.num_micro_steps
+
+    @property
+    def hardware_flops(self) -> int:
+        """Of one step, recomputation included."""
+        once = sum(m.flops for m in self.matmuls) + sum(a.flops for a in self.attentions)
+        return once * self.num_micro_steps
+
+
+def step_work(
+    program: Program, spec: ModelSpec, config: TrainConfig, *, num_micro_steps: int | None = None
+) -> StepWork:
+    """The work of a step in the steady state.
+
+    `num_micro_steps` may exceed what the program plays (two are enough: all after the first are alike).
+    """
+    layers = linears(program.weights, spec, config)
+    products = tuple(matmuls(layers, spec, config))
+    quantised = _dequantisation(layers, config)
+    micro, update = _counts(program)
+    forward, backward = micro[-1]
+    own = _own_bytes(products, quantised, config)
+    trained = [w for w in program.weights if w.trains]
+    recomputed = Count()
+    if config.gradient_checkpointing:
+        recomputed = Count(forward.kernels, 0)
+    return StepWork(
+        num_micro_steps=num_micro_steps or config.gradient_accumulation_steps,
+        tokens=config.tokens_per_micro_batch,
+        matmuls=products,
+        attentions=tuple(attentions(spec, config)),
+        dequantisation=quantised,
+        forward=replace(forward, written_bytes=max(0, forward.written_bytes - own[0])),
+        backward=replace(backward, written_bytes=max(0, backward.written_bytes - own[1])),
+        recomputed=recomputed,
+        num_adapters=sum(layer.count for layer in layers if layer.part == "adapter") // 2,
+        num_checkpoints=spec.num_hidden_layers if config.gradient_checkpointing else 0,
+        num_trained=len(trained),
+        tile_bytes=_tile_bytes(spec, config),
+        update=update,
+        update_bytes=update_passes(trained, config),
+        accumulation_bytes=3 * sum(w.numel * w.dtype.itemsize for w in trained),
+    )
+
+
+def _dequantisation(layers: list[Linear], config: TrainConfig) -> Dequantisation:
+    rows, calls, read, written = config.tokens_per_micro_batch, 0, 0, 0
+    for layer in layers:
+        if not layer.stored_bytes:
+            continue
+        passes = 1  # backward always goes through a copy
+        if dequantises(rows, layer.out_features, layer.in_features):
+            passes += 2 if config.gradient_checkpointing else 1
+        calls += layer.count * passes
+        read += layer.stored_bytes * layer.count * passes
+        written += 2 * layer.numel * layer.count * passes
+    return Dequantisation(calls, read, written)
+
+
+def _own_bytes(products: tuple[Matmul, ...], quantised: Dequantisation, config: TrainConfig) -> tuple[int, int]:
+    """Bytes that matrix products and dequantisation write into tensors of their own, forward and backward."""
+    seen = [m for m in products if m.part != "head" or config.loss == "full"]  # else logits are tiles of one buffer
+    forward = sum(m.out_bytes for m in seen if m.phase == "forward")
+    backward = sum(m.out_bytes for m in seen if m.phase != "forward")
+    passes = 3 if config.gradient_checkpointing else 2
+    return forward + quantised.written_bytes // passes, backward + quantised.written_bytes * (passes - 1) // passes
+
+
+def _tile_bytes(spec: ModelSpec, config: TrainConfig) -> tuple[int, int]:
+    """A fused loss reads each logit once for its statistics, and reads it again to write its gradient over it: in
+    backward in TRL 1.16 kernels/chunked_logprob.py, at once in liger_kernel 0.8.5 ops/cross_entropy.py."""
+    if config.loss == "full":
+        return 0, 0
+    logits = config.tokens_per_micro_batch * spec.vocab_size * (2 if config.autocast or config.weight_dtype != "fp32" else 4)
+    return (logits, 2 * logits) if config.loss == "chunked" else (3 * logits, 0)
+
+
+def _counts(program: Program) -> tuple[list[tuple[Count, Count]], Count]:
+    """(forward, backward) of each micro-step of the last step, and the update."""
+    last = program.plays[-1].step
+    micro: list[tuple[Count, Count]] = []
+    update = Count()
+    sums: dict[int, Count] = {}
+    before = ""
+    for play in _plays_of(program, last):
+        count = sums.get(id(play.tape))
+        if count is None:
+            count = sums[id(play.tape)] = _count(play.tape)
+        if play.phase == "forward" and before != "forward":
+            micro.append((Count(), Count()))
+        before = play.phase
+        forward, backward = micro[-1]
+        if play.phase in ("forward", "loss"):
+            micro[-1] = forward + count, backward
+        elif play.phase == "backward":
+            micro[-1] = forward, backward + count
+        else:
+            update += count
+    return micro, update
+
+
+def _plays_of(program: Program, step: int) -> Iterator[Play]:
+    return (play for play in program.plays if play.step == step)
+
+
+def _count(tape: Tape) -> Count:
+    sizes = [size for _, size in tape if size]
+    return Count(len(sizes), sum(sizes))
