@@ -227,5 +227,6 @@ def _deliver(node: Node, output: int, gradient: Tensor) -> None:
     if held is None:
         buffer[output] = kept = gradient.detach()
         kept.is_reshaped = gradient.is_reshaped
+        kept.shape = node.likes[output][0]  # a view on the way has no node that would restore it
     elif held.storage.refs != 1 or held.is_reshaped:
         buffer[output] = node.machine.empty(held.shape, held.dtype)
