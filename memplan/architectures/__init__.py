@@ -7,7 +7,7 @@ from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
-from memplan.architectures.moe import Mixtral
+from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
@@ -17,6 +17,9 @@ FAMILIES: dict[str, type[Decoder]] = {
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,
+    "qwen3_moe": Qwen3Moe,
+    "qwen2_moe": Qwen2Moe,
+    "olmoe": Olmoe,
     "qwen2": Llama,
     "qwen3": Llama,
     "gemma": Gemma,

@@ -8,10 +8,11 @@ B batch, S tokens, T = B * S, h hidden.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Layer
+from memplan.architectures.decoder import Attention, Layer, Shared
 from memplan.architectures.llama import Llama
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, TopKRouter, gated
+from memplan.ops.pointwise import add, mul, saves_result
 from memplan.ops.rows import flatten_tokens
 from memplan.ops.tensor import Tensor
 
@@ -61,16 +62,79 @@ class Moe(Llama):
         return Experts(num_experts, width, gate_up_proj, down_proj, gated(self.activation()))
 
 
-class Mixtral(Moe):
-    """The weights of the chosen experts stay fp32 and always sum to one."""
-
-    scores_like_logits = False
+class OneWindow(Moe):
+    """One mask for all layers, that of a sliding window where the config has one."""
 
     def attention_windows(self) -> dict[str, int | None]:
         window = self.spec.sliding_window
         return {"full_attention": None} if window is None else {"sliding_attention": window}
 
+
+class Mixtral(OneWindow):
+    """The weights of the chosen experts stay fp32 and always sum to one."""
+
+    scores_like_logits = False
+
     def router(self, build: Builder) -> TopKRouter:
         router = super().router(build)
         router.norm_topk_prob = True
         return router
+
+
+class Qwen3Moe(OneWindow):
+    router_comes_first = False
+
+
+class Qwen2Moe(Moe):
+    """A gated MLP that every token visits stands beside the experts."""
+
+    def attention_windows(self) -> dict[str, int | None]:
+        # Both masks are always made; a window of 0 tokens stands for none (`Qwen2MoeConfig.__post_init__`).
+        return {"full_attention": None, "sliding_attention": self.spec.sliding_window or 0}
+
+    def sparse_block(self, build: Builder) -> Layer:
+        spec = self.spec
+        gate = self.router(build)
+        experts = self.experts(build)
+        shared_expert = self.gated_mlp(build, spec.shared_expert_intermediate_size, "mlp.shared_expert")
+        shared_expert_gate = build.linear("mlp.shared_expert_gate", spec.hidden_size, 1)
+
+        def forward(x: Tensor) -> Tensor:
+            hidden_states = flatten_tokens(x)
+            shared_expert_output = shared_expert(hidden_states)
+            _, routing_weights, selected_experts = gate(hidden_states)
+            expert_output = experts(hidden_states, selected_experts, routing_weights)
+            shared_expert_output = mul(saves_result(shared_expert_gate(hidden_states)), shared_expert_output)
+            expert_output = add(expert_output, shared_expert_output)
+            return expert_output.view(*x.shape)
+
+        return forward
+
+
+class Olmoe(Moe):
+    """Queries and keys are normalised over all heads at once."""
+
+    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
+        spec = self.spec
+        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+        kv_width = spec.num_key_value_heads * spec.head_dim
+        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
+        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
+        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
+        o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
+        q_norm = build.rms_norm("self_attn.q_norm", width)
+        k_norm = build.rms_norm("self_attn.k_norm", kv_width)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            q = q_norm(q_proj(x))
+            k = k_norm(k_proj(x))
+            v = v_proj(x)
+            q = self.heads(q, spec.num_attention_heads, rotated=rope)
+            k = self.heads(k, spec.num_key_value_heads, rotated=rope)
+            v = self.heads(v, spec.num_key_value_heads)
+            q, k = self.rotate(q, k, shared)
+            output, attn_weights = self.attention(q, k, v, shared)
+            output = o_proj(output.view(*x.shape[:-1], width))
+            return output, attn_weights
+
+        return forward
