@@ -1,7 +1,7 @@
-"""CUDA's autocast lists on CPU tensors (aten/src/ATen/autocast_mode.h), for the ops that the CPU's lists leave alone.
+"""CUDA's autocast lists on CPU tensors (aten/src/ATen/autocast_mode.h), for the ops that the CPU's leave alone.
 
-The CPU and CUDA share the lower-precision list as far as these models go (linear, matmul, mm, bmm, addmm, baddbmm) and
-the cache of cast weights. They differ in the ops that CUDA runs in fp32.
+The CPU and CUDA share the lower-precision list as far as these models go (linear, matmul, mm, bmm, addmm,
+baddbmm) and the cache of cast weights. They differ in the ops that CUDA runs in fp32.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import torch
 from torch.utils._pytree import tree_map
 
 # AT_FORALL_FP32: inputs are cast to fp32.
-FP32 = (
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor"
-    " pow.Scalar softplus layer_norm native_layer_norm group_norm logsumexp nll_loss l1_loss smooth_l1_loss huber_loss"
-    " kl_div binary_cross_entropy_with_logits dist"
-).split()
+FP32 = [
+    *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"),
+    *("sinh", "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm"),
+    *("native_layer_norm", "group_norm", "logsumexp", "nll_loss", "l1_loss", "smooth_l1_loss", "huber_loss"),
+    *("kl_div", "binary_cross_entropy_with_logits", "dist"),
+]
 # AT_FORALL_FP32_SET_OPT_DTYPE: `dtype` becomes fp32 where none is given.
-FP32_RESULT = "softmax.int log_softmax.int cumsum cumprod sum sum.dim_IntList linalg_vector_norm prod.dim_int".split()
+FP32_RESULT = [
+    *("softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum", "sum.dim_IntList", "linalg_vector_norm"),
+    "prod.dim_int",
+]
 
 
 @contextmanager
 def cuda_lists() -> Iterator[None]:
-    """Make `torch.autocast("cpu")` treat these ops as `torch.autocast("cuda")` would, until the context ends."""
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+    """Make `torch.autocast("cpu")` treat these ops as `torch.autocast("cuda")` would, inside the context."""
+    library = torch.library.Library("aten", "IMPL")
     try:
         for name in FP32:
             library.impl(name, _cast_inputs(_overload(name)), "AutocastCPU")
@@ -50,11 +54,14 @@ def _is_eligible(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
+def _to_fp32(value: Any) -> Any:
+    return value.to(torch.float32) if _is_eligible(value) else value
+
+
 def _cast_inputs(op: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
-            cast = lambda value: value.to(torch.float32) if _is_eligible(value) else value  # noqa: E731
-            return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+            return op(*tree_map(_to_fp32, args), **tree_map(_to_fp32, kwargs))
 
     return kernel
 

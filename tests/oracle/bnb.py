@@ -1,8 +1,9 @@
-"""bitsandbytes 4-bit linears without a GPU: the real modules over hand-built states, and the CUDA kernels' allocations.
+"""bitsandbytes 4-bit linears without a GPU: the real modules over hand-built states, the CUDA kernels' allocations.
 
-`quantize_4bit` needs data, so each `QuantState` is written out as it would be
-(bitsandbytes/functional.py `quantize_4bit`, `quantize_blockwise`). `gemm_4bit` runs what the CUDA backend runs
-(bitsandbytes/backends/cuda/ops.py): its own dispatch decides between the fused kernel and dequantise + linear.
+`quantize_4bit` needs data, so each `QuantState` is written out as it would be (bitsandbytes/functional.py
+`quantize_4bit`, `quantize_blockwise`). `gemm_4bit` runs what the CUDA backend runs
+(bitsandbytes/backends/cuda/ops.py): its own dispatch decides between the fused kernel and
+dequantise + linear.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def quantize(model: nn.Module, *, double_quant: bool, compute_dtype: torch.dtype
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-    before = {name: module for name, module in model.named_modules()}
+    before = dict(model.named_modules())
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
     for name, module in model.named_modules():
         if module is not before[name]:
@@ -107,7 +108,7 @@ def _cuda_backend() -> ModuleType:
 
     with (
         mock.patch.object(bitsandbytes.cextension, "lib", Library()),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", None, create=True),
     ):
         import bitsandbytes.backends.cuda.ops as ops
     ops._gpu_dispatch_props = lambda _: H200_PROPS

@@ -1,7 +1,6 @@
-"""Small configurations, one a family, in each family's own Hugging Face spelling; two layers, odd enough to tell sizes apart.
+"""Small configurations, one a family, two layers deep, in each family's own Hugging Face spelling.
 
-Head counts, widths and lengths are chosen so that no two tensors of a layer have equal sizes by accident where the
-architecture allows it. Dropout probabilities are left at the class defaults, as a fine-tuning run leaves them.
+Dropout probabilities are left at the class defaults, as a fine-tuning run leaves them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": _llama_like("gemma3_text", head_dim=48, sliding_window=64, query_pre_attn_scalar=48),
     "phi": _llama_like("phi", num_key_value_heads=8),
     "phi3": _llama_like("phi3", **_IDS),
-    "gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 8, "vocab_size": 1000, "n_positions": 2048, **_IDS},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 2,
+        "n_head": 8,
+        "vocab_size": 1000,
+        "n_positions": 2048,
+        **_IDS,
+    },
     "gpt_neox": {
         "model_type": "gpt_neox",
         "hidden_size": 256,

@@ -1,22 +1,26 @@
 """What CUDA does where the CPU build of PyTorch does otherwise, found while comparing with measured steps.
 
 Each entry names its source. Paths are PyTorch's unless they say otherwise.
-- attention kernels: sdpa.py; bitsandbytes: bnb.py; in-place gradient sums: tracker.py.
+- attention kernels: sdpa.py; bitsandbytes: bnb.py; in-place gradient sums: tracker.py; autocast: autocast.py.
 - dropout: CUDA takes `native_dropout` with a one-byte mask, the CPU a mask of the input's dtype
   (aten/src/ATen/native/Dropout.cpp, `is_fused_kernel_acceptable`).
-- layer norm: mean and rstd are fp32 on CUDA, the input's dtype on the CPU (aten/src/ATen/native/cuda/layer_norm_kernel.cu).
+- layer norm: mean and rstd are fp32 on CUDA, the input's dtype on the CPU
+  (aten/src/ATen/native/cuda/layer_norm_kernel.cu).
 - softmax: fp16 input to fp32 output is one kernel on CUDA, a cast and a kernel on the CPU and for bf16
-  (aten/src/ATen/native/SoftMax.cpp); its backward makes `grad * output` first (aten/src/ATen/native/cuda/SoftMax.cu).
-- embedding backward over more than 3072 tokens sums sorted segments in fp32 (aten/src/ATen/native/cuda/Embedding.cu,
-  EmbeddingBackwardKernel.cu).
+  (aten/src/ATen/native/SoftMax.cpp); its backward makes `grad * output` first
+  (aten/src/ATen/native/cuda/SoftMax.cu).
+- embedding backward over more than 3072 tokens sums sorted segments in fp32
+  (aten/src/ATen/native/cuda/Embedding.cu, EmbeddingBackwardKernel.cu).
 - index, gather, topk backward write into zeros in place; under a dispatch mode their formulas go out of place
   (torch/csrc/autograd/FunctionsManual.cpp, `areAnyTensorSubclassLike`).
+- a boolean index becomes int64 indices first (aten/src/ATen/native/IndexingUtils.h, `expandTensors`).
 - grouped_mm takes fp32 and fp16 on CUDA; the fake kernel refuses them (aten/src/ATen/native/cuda/GroupedBlas.cpp).
 - foreach norm sums chunks of 65536 first (aten/src/ATen/native/cuda/ForeachReduceOp.cu).
-- autocast lists: CUDA's, not the CPU's: autocast.py.
-- tensors made without a device, or on the literal "cpu", are host memory (AdamW's `step`, opt's layerdrop draw): not counted.
-Not modelled: cuBLAS, cuBLASLt and cuDNN workspaces; cub's temporary storage (sort, scan, topk: kilobytes); the global
-memory of reductions split over blocks; layer norm's partial sums over more than 65536 tokens.
+- foreach is what `foreach=None` means on CUDA, a loop on the CPU (torch/optim/optimizer.py): optimizers.py.
+- tensors made without a device, or on the literal "cpu", are host memory (AdamW's `step`, opt's layerdrop draw)
+  and not counted.
+Not modelled: cuBLAS, cuBLASLt and cuDNN workspaces; cub's temporary storage (sort, scan, topk: kilobytes); the
+global memory of reductions split over blocks; layer norm's partial sums over more than 65536 tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ def scalar_values(padding: bool) -> Callable[[torch.Tensor], Any]:
     return scalar_value
 
 
-# --- scratch: bytes held only while a kernel runs -------------------------------------------------------------------
+# --- scratch: bytes held only while a kernel runs ----------------------------------------------------------
 def _scratch_foreach_norm(out: Any, tensors: list[torch.Tensor], *_: Any) -> list[int]:
     """`output_per_tensor`: one fp32 partial sum per chunk (kChunkSize of MultiTensorApply.cuh) of the longest."""
     return [4 * len(tensors) * max(-(-tensor.numel() // 65536) for tensor in tensors)]
@@ -84,7 +88,7 @@ def _scratch_embedding_backward(
 
 
 def _scratch_index_put(
-    out: torch.Tensor, self: torch.Tensor, indices: list[torch.Tensor | None], values: torch.Tensor, accumulate: bool = False
+    out: Any, self: Any, indices: list[torch.Tensor | None], values: Any, accumulate: bool = False
 ) -> list[int]:
     """`index_put_with_sort_kernel` of Indexing.cu: linear, sorted and original indices, and a range."""
     if not accumulate:
@@ -102,7 +106,7 @@ SCRATCH: dict[Any, Callable[..., list[int]]] = {
 }
 
 
-# --- outputs: replaced results --------------------------------------------------------------------------------------
+# --- outputs: replaced results -----------------------------------------------------------------------------
 def _fp32_statistics(out: tuple[torch.Tensor, ...], *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
     return out[0], *(torch.empty(item.shape, dtype=torch.float32) for item in out[1:])
 
@@ -110,7 +114,7 @@ def _fp32_statistics(out: tuple[torch.Tensor, ...], *_: Any, **__: Any) -> tuple
 OUTPUTS: dict[Any, Callable[..., Any]] = {aten.native_layer_norm.default: _fp32_statistics}
 
 
-# --- kernels: run in the op's place ---------------------------------------------------------------------------------
+# --- kernels: run in the op's place ------------------------------------------------------------------------
 def _in_place_in_backward(in_place: Any) -> Callable[..., torch.Tensor]:
     def kernel(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch._C._current_autograd_node() is None or torch.is_grad_enabled():
@@ -122,7 +126,7 @@ def _in_place_in_backward(in_place: Any) -> Callable[..., torch.Tensor]:
 
 
 def _index(self: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
-    """A boolean mask becomes the indices of its true entries (`expandTensors`, aten/src/ATen/native/IndexingUtils.h): all."""
+    """A boolean mask becomes the indices of its true entries: all of them here."""
     if not any(index is not None and index.dtype == torch.bool for index in indices):
         return NotImplemented
     expanded: list[torch.Tensor | None] = []
@@ -164,11 +168,9 @@ KERNELS: dict[Any, Callable[..., Any]] = {
 }
 
 
-# --- Python-level replacements --------------------------------------------------------------------------------------
+# --- Python-level replacements -----------------------------------------------------------------------------
 def _dropout(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def dropout(
-        input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> torch.Tensor:
+    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if training and 0 < p < 1 and not inplace:
             return aten.native_dropout(input, p, True)[0]
         return real(input, p, training, inplace)

@@ -39,7 +39,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--loss", default="full", choices=["full", "chunked", "liger"])
     parser.add_argument("--stack", default="torch", choices=["torch", "trainer", "trl"], help="who calls the model")
-    parser.add_argument("--sdpa-first", default="cudnn", choices=["cudnn", "flash"], help="H100/H200/B200, or other GPUs")
+    parser.add_argument(
+        "--sdpa-first", default="cudnn", choices=["cudnn", "flash"], help="H100/H200/B200, or other GPUs"
+    )
     parser.add_argument("--phases", default="", help="only these phases' events, with commas (default all but load)")
     parser.add_argument("--load", action="store_true", help="print the load events too")
     parser.add_argument("--step", type=int, default=1, help="events of this step: 0 or 1 (the default)")

@@ -1,12 +1,14 @@
-"""The real transformers model (with PEFT, with bitsandbytes 4-bit linears), built on meta, then made of fake CPU tensors."""
+"""The real transformers model (PEFT, bitsandbytes 4-bit linears), built on meta, then made of fake CPU tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.oracle.bnb import quantize, state_tensors
 
@@ -30,7 +32,7 @@ def build(
     gradient_checkpointing: bool,
     reentrant: bool,
 ) -> tuple[nn.Module, int]:
-    """The training-ready model on meta, as a user of these libraries sets it up; and its parameters before any of that."""
+    """The training-ready model on meta, as a user of these libraries sets it up; the base model's parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**hf_config)
@@ -60,24 +62,27 @@ def build(
     if method != "full":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=rank,
-                lora_alpha=2 * rank,
-                lora_dropout=lora_dropout,
-                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-                use_dora=use_dora,
-                modules_to_save=list(modules_to_save) or None,
-                task_type="CAUSAL_LM",
-                bias="none",
-            ),
+        adapters = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+            use_dora=use_dora,
+            modules_to_save=list(modules_to_save) or None,
+            task_type="CAUSAL_LM",
+            bias="none",
         )
+        with mock.patch("peft.tuners.lora.dora.deepcopy", _itself):  # 4-bit weights on meta cannot be copied
+            model = get_peft_model(model, adapters)
         for parameter in model.parameters():
             if parameter.requires_grad and adapter_dtype != "fp32":
                 parameter.data = parameter.data.to(DTYPES[adapter_dtype])
     model.train()
     return model, num_params
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,6 +100,9 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, value
 
 
+_FAKE_4BIT = type("Params4bit", (FakeTensor,), {})
+
+
 def fakeify(model: nn.Module) -> None:
     """Replace each meta parameter and buffer by a fake CPU one (call it under FakeTensorMode), ties kept."""
     made: dict[int, torch.Tensor] = {}
@@ -108,6 +116,7 @@ def fakeify(model: nn.Module) -> None:
             if state is not None:
                 for holder, name in state_tensors(state):
                     setattr(holder, name, fake(getattr(holder, name)))
+                new.__class__ = _FAKE_4BIT  # PEFT's DoRA asks for the class by name
             for name, value in vars(tensor).items():
                 setattr(new, name, value)
             made[id(tensor)] = new

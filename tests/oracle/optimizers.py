@@ -29,7 +29,8 @@ def make(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
     from bitsandbytes import optim
 
-    family = next(cls for key, cls in (("adam", optim.AdamW), ("lion", optim.Lion), ("rmsprop", optim.RMSprop)) if key in name)
+    families = {"adam": optim.AdamW, "lion": optim.Lion, "rmsprop": optim.RMSprop}
+    family = next(cls for key, cls in families.items() if key in name)
     kwargs: dict[str, Any] = {"optim_bits": 8 if "8bit" in name else 32}
     if family is not optim.RMSprop:
         kwargs["is_paged"] = "paged" in name
@@ -59,9 +60,13 @@ def parameter_groups(model: nn.Module, stack: str) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups if group]
 
 
+def _code_table(**_: Any) -> torch.Tensor:
+    return torch.empty(256)
+
+
 @contextmanager
 def bitsandbytes_on_gpu(tracker: Tracker) -> Iterator[None]:
-    """The code tables are copied to the GPU; a paged state of at least 1e5 elements is not in the allocator's memory."""
+    """The code tables are copied to the GPU; a large paged state is not in the allocator's memory."""
     import bitsandbytes.functional
     from bitsandbytes.optim.optimizer import Optimizer8bit
 
@@ -70,7 +75,7 @@ def bitsandbytes_on_gpu(tracker: Tracker) -> Iterator[None]:
             return torch.zeros_like(p, dtype=dtype)
 
     with (
-        mock.patch.object(bitsandbytes.functional, "create_dynamic_map", lambda **_: torch.empty(256)),
+        mock.patch.object(bitsandbytes.functional, "create_dynamic_map", _code_table),
         mock.patch.object(Optimizer8bit, "get_state_buffer", get_state_buffer),
     ):
         yield

@@ -3,7 +3,7 @@
 Which kernel runs (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): on Hopper and data-centre Blackwell with
 cuDNN above 9.15.0, which the torch 2.11+cu130 wheels bring (9.19), the order is cuDNN, flash, memory-efficient, math;
 elsewhere flash comes first. `first` says which of the two worlds is meant.
-- cuDNN: half precision, head dims of at most 256 (128 elsewhere than on sm90) and multiples of 8; masks and GQA are fine.
+- cuDNN: half precision, head dims of at most 256 (128 elsewhere than on sm90), multiples of 8; masks and GQA.
 - flash: half precision, no mask, equal head dims up to 256 (padded to a multiple of 8); GQA is fine.
 - memory-efficient: any float, masks; no GQA; head dims aligned to 16 bytes. fp32 training lands here.
 - math: whatever is left; decomposed, so its intermediates are traced.
@@ -73,7 +73,15 @@ def make(first: str) -> Callable[..., torch.Tensor]:
         kernel = choose(query, key, value, attn_mask, is_causal, enable_gqa, first)
         if kernel == "math":
             return aten._scaled_dot_product_attention_math(
-                query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+                query,
+                key,
+                value,
+                _additive(attn_mask, query),
+                dropout_p,
+                is_causal,
+                None,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )[0]
         if kernel == "cudnn":
             return aten._scaled_dot_product_cudnn_attention(
@@ -152,7 +160,9 @@ def _num_splits(num_blocks_m: int, num_blocks_n: int) -> int:
     return next(splits for splits in sorted(efficiency) if efficiency[splits] >= 0.85 * best)
 
 
-def scratch_flash(out: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **_: Any) -> list[int]:
+def scratch_flash(
+    out: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **_: Any
+) -> list[int]:
     """Split-KV's partial outputs (`set_params_splitkv`): only where the batch leaves SMs idle."""
     batch, heads, length, dim = query.shape
     if args and args[0]:  # dropout: no split-KV
@@ -182,7 +192,7 @@ def scratch_flash_backward(
 def scratch_efficient(
     out: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> list[int]:
-    """Half precision with value heads wider than 128 accumulates in fp32 in memory (`kNeedsOutputAccumulatorBuffer`)."""
+    """Half precision with value heads wider than 128 accumulates in fp32 (`kNeedsOutputAccumulatorBuffer`)."""
     if query.element_size() == 4 or value.shape[-1] <= 128:
         return []
     return [4 * query.numel() // query.shape[-1] * value.shape[-1]]

@@ -82,7 +82,13 @@ def run(
         gradient_checkpointing=gradient_checkpointing,
         reentrant=reentrant,
     )
-    tracker = Tracker(record=events, kernels=cuda.KERNELS, outputs=cuda.OUTPUTS, scratch=cuda.SCRATCH, scalar=cuda.scalar_values(padding))
+    tracker = Tracker(
+        record=events,
+        kernels=cuda.KERNELS,
+        outputs=cuda.OUTPUTS,
+        scratch=cuda.SCRATCH,
+        scalar=cuda.scalar_values(padding),
+    )
     with ExitStack() as lifted:
         lifted.enter_context(FakeTensorMode())
         lifted.enter_context(cuda.emulated(tracker, sdpa_first))

@@ -75,8 +75,8 @@ class Tracker(TorchDispatchMode):
     """Counts live bytes while it is the active dispatch mode above a FakeTensorMode.
 
     What CUDA does where the CPU build does otherwise comes in three tables, by op overload: `kernels`, a function that
-    runs in the op's place, itself tracked (or returns NotImplemented); `outputs`, a function that replaces what the op returned; `scratch`, the
-    bytes that its kernel takes and gives back inside.
+    runs in the op's place, itself tracked (or returns NotImplemented); `outputs`, a function that replaces what the op
+    returned; `scratch`, the bytes that its kernel takes and gives back inside.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""TRL's chunked loss (`SFTTrainer`, trl/trainer/utils.py `add_fused_lm_head`, trl/kernels/chunked_logprob.py), as on CUDA.
+"""TRL's chunked loss as on CUDA (trl/trainer/utils.py `add_fused_lm_head`, trl/kernels/chunked_logprob.py).
 
 The real functions run; what they do only on a GPU is switched on: Triton kernels (which allocate nothing), the
 selection of labelled positions, and `addmm` from half precision into fp32 in place.
+
+`unittest.mock` objects would keep the tensors they were called with, so the stand-ins are plain functions.
 """
 
 from __future__ import annotations
@@ -24,6 +26,18 @@ class _Kernel:
         return lambda *args, **kwargs: None
 
 
+def _yes(_: Any) -> bool:
+    return True
+
+
+def _in_place_addmm(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`addmm(acc, a, b, out_dtype=torch.float32, out=acc)` allocates nothing."""
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def add_fused_head(model: torch.nn.Module) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
@@ -37,12 +51,12 @@ def on_gpu() -> Iterator[None]:
     import trl.trainer.utils as utils
 
     with (
-        mock.patch.object(utils, "_use_triton", lambda _: True),
-        mock.patch.object(kernels, "_use_triton", lambda _: True),
+        mock.patch.object(utils, "_use_triton", _yes),
+        mock.patch.object(kernels, "_use_triton", _yes),
         mock.patch.object(kernels, "_forward_kernel", _Kernel()),
         mock.patch.object(kernels, "_backward_kernel", _Kernel()),
-        mock.patch.object(kernels, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)), create=True),
-        mock.patch.object(kernels, "_addmm_fp32", lambda acc, a, b: None),
+        mock.patch.object(kernels, "triton", SimpleNamespace(cdiv=_cdiv), create=True),
+        mock.patch.object(kernels, "_addmm_fp32", _in_place_addmm),
     ):
         yield
 
