@@ -17,9 +17,10 @@ from memplan.memory.record import Stream
 from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
 from memplan.ops.autograd import run_backward
 from memplan.ops.linear import Linear
-from memplan.ops.loss import causal_lm_loss, scale_in_place, total
+from memplan.ops.loss import causal_lm_loss, div, scale_in_place, total
 from memplan.ops.loss_chunked import FusedOutput, fused_lm_head
 from memplan.ops.loss_liger import MODEL_TYPES, liger_causal_lm_loss
+from memplan.ops.masking import count_true
 from memplan.ops.pointwise import mul_number, neg, to
 from memplan.ops.tensor import Machine, Tape, Tensor
 
@@ -141,26 +142,23 @@ def _sft_loss(fused: FusedOutput) -> Tensor:
     m = fused.loss.machine
     per_token_loss = neg(fused.log_probs)
     summed = total(per_token_loss)
-    num_tokens = m.empty((), DType.int64)  # clamp(min=1), kept by the division
-    loss = mul_number(summed)
+    loss = div(summed, m.empty((), DType.int64))  # num_items_in_batch.clamp(min=1)
     del summed
     loss = mul_number(loss)  # times num_processes
     assert fused.entropy is not None and fused.is_top1 is not None
-    sums = [_summed_twice(m, dtype) for dtype in (DType.int64, DType.fp32, DType.int64)]
-    for _ in range(2):
-        is_positive, ratio = m.empty((), DType.bool8), m.empty((), DType.fp32)
-        del is_positive, ratio
-    num_tokens_in_batch = _summed_twice(m, DType.int64)
-    del num_tokens_in_batch, sums, num_tokens, per_token_loss
+    sums = [_gathered(count_true(fused.label_mask))]
+    sums.append(_gathered(total(fused.entropy.detach())))
+    sums.append(_gathered(count_true(fused.is_top1)))
+    for _ in ("entropy", "mean_token_accuracy"):
+        m.empty((), DType.bool8)  # num_valid > 0
+        m.empty((), DType.fp32)
+    _gathered(m.empty((), DType.int64))  # attention_mask.sum()
     return loss
 
 
-def _summed_twice(m: Machine, dtype: DType) -> Tensor:
-    """x.sum(), gathered over one process, and summed again."""
-    once = m.empty((), dtype)
-    twice = m.empty((), dtype)
-    del once
-    return twice
+def _gathered(x: Tensor) -> Tensor:
+    """The sum over one process of what was gathered from it."""
+    return x.machine.empty((), x.dtype)
 
 
 def _check_finite(m: Machine) -> None:

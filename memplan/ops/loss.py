@@ -71,6 +71,13 @@ def scale_in_place(x: Tensor) -> Tensor:
     return attach(node, Tensor(x.storage, x.shape, x.dtype))
 
 
+def div(x: Tensor, divisor: Tensor) -> Tensor:
+    """x / divisor, a scalar on the device that needs no gradient and is saved."""
+    m = x.machine
+    node = record(m, same_size_backward, (x,), (divisor,))
+    return attach(node, m.empty(x.shape, x.dtype))
+
+
 def total(x: Tensor) -> Tensor:
     """x.sum(): a scalar; backward expands its gradient, a view."""
     m = x.machine

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.autocast import LOW
 from memplan.ops.autograd import Grads, Node, attach, record, save_result
-from memplan.ops.loss import total
-from memplan.ops.masking import masked_scatter, select_rows, slice_tokens
-from memplan.ops.pointwise import GradList, mul_number, neg
+from memplan.ops.loss import div, total
+from memplan.ops.masking import count_true, masked_scatter, select_rows, slice_tokens
+from memplan.ops.pointwise import GradList, neg
 from memplan.ops.tensor import EXTERNAL, Machine, Storage, Tensor
 
 TOKEN_CHUNK_SIZE = 4096
@@ -51,9 +51,18 @@ def fused_lm_head(
     del selected, targets
     spread = [masked_scatter(mask, x) for x in scored]
     del scored
-    # -log_probs.sum() / number of labels
-    loss = mul_number(neg(total(spread[0])))
+    loss = _mean_loss(spread[0], mask)
     return FusedOutput(loss, spread[0], spread[1] if with_metrics else None, spread[2] if with_metrics else None, mask)
+
+
+def _mean_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """-log_probs.sum() / mask.sum().clamp(min=1)"""
+    m = mask.machine
+    summed = neg(total(log_probs))
+    counted = count_true(mask)
+    clamped = m.empty((), DType.int64)
+    del counted
+    return div(summed, clamped)
 
 
 @dataclass(slots=True)
@@ -82,6 +91,7 @@ def _chunked_log_probs(
         chunk = _cast(m, (num_tokens, hidden.shape[1]), hidden.dtype, compute)
         for width in _spans(vocab, CHUNK_SIZE):
             piece = _cast(m, (width, hidden.shape[1]), weight.dtype, compute)
+            m.calls("cublas")
             del piece
             if bias is not None:
                 piece = _cast(m, (width,), bias.dtype, compute)
@@ -119,6 +129,7 @@ def _chunked_backward(node: Node, grads: GradList) -> Grads:
         chunk = _cast(m, (num_tokens, width_of_row), hidden.dtype, compute)
         for width in _spans(call.vocab, CHUNK_SIZE):
             piece = _cast(m, (width, width_of_row), weight.dtype, compute)
+            m.calls("cublas")
             if for_bias is not None:
                 summed = m.empty((width,), DType.fp32)
                 del summed

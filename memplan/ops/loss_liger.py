@@ -89,10 +89,13 @@ def _chunk(m: Machine, x: Tensor, weight: Tensor, num: int, in_place: bool, grad
         # weight.t() is a view, so that autocast does not keep its cast
         table = None if weight.dtype is product else m.empty(weight.shape, product)
         logits = m.empty((num, vocab), product)
+        m.calls("cublas")
         del rows, table
         table = low(weight)
         grad = m.empty((num, hidden), product)
-        del grad, table
+        del grad, table, logits
+    else:
+        m.calls("cublas")
     if grad_weight is None:
         return
     if product is DType.fp32:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, attach, record
 from memplan.ops.pointwise import GradList, incoming
-from memplan.ops.tensor import Machine, Shape, Tensor
+from memplan.ops.tensor import Machine, Tensor
 
 
 def slice_tokens(x: Tensor, num_tokens: int) -> Tensor:
@@ -27,37 +27,67 @@ def select_rows(x: Tensor, mask: Tensor, num_selected: int) -> Tensor:
     """x[mask], with `mask` over the first dimensions of x and `num_selected` of it true: [num_selected, ...]."""
     m = x.machine
     node = record(m, _select_backward, (x,), (mask,) if x.requires_grad else (), meta=x.shape)
-    indices = nonzero(m, len(mask.shape), num_selected)
+    indices = _nonzero(mask, num_selected)
     result = m.empty((num_selected, *x.shape[len(mask.shape) :]), x.dtype)
     del indices
     return attach(node, result)
 
 
-def nonzero(m: Machine, num_dims: int, num_selected: int) -> Tensor:
-    """Indices of the true values of a mask, one row a dimension of it: int64."""
-    count = m.workspace(4)
-    result = m.empty((num_dims, num_selected), DType.int64)
+def _nonzero(mask: Tensor, num_selected: int) -> Tensor:
+    """Indices of the true values of `mask`, int64, one row a dimension of it (`nonzero_cuda_out_impl`)."""
+    m = mask.machine
+    count = m.workspace(4) if m.device.is_cuda else None
+    _scratch(m, 1 if mask.numel <= _ONE_TILE_OF_A_SUM else _PARTIAL_SUMS_BYTES)
+    result = m.empty((len(mask.shape), num_selected), DType.int64)
+    _scratch(m, _SELECT_BYTES)
     del count
     return result
 
 
+# cub's temporary storage, as H200 traces of 1,022 to 5,118 tokens show it. A sum over more than 256 threads of 16
+# values puts partial sums of 5 waves of 8 blocks a multiprocessor in memory (cub/device/dispatch/dispatch_reduce.cuh).
+_ONE_TILE_OF_A_SUM = 4096
+_PARTIAL_SUMS_BYTES = 21_503
+_SELECT_BYTES = 1_023
+_SCAN_BYTES = 1_279
+# A radix sort of more than 256 threads of 9 keys takes a second copy of keys and values
+# (cub/device/dispatch/dispatch_radix_sort.cuh).
+_ONE_TILE_OF_A_SORT = 2304
+
+
+def _scratch(m: Machine, num_bytes: int) -> None:
+    if m.device.is_cuda:
+        m.workspace(num_bytes)
+
+
 def _select_backward(node: Node, grads: GradList) -> Grads:
     grad, m = incoming(grads), node.machine
-    shape: Shape = node.meta
     mask = node.unpack()
-    out = m.empty(shape, grad.dtype)
-    _index_put_by_sorting(m, len(mask.shape), grad.shape[0])
+    out = m.empty(node.meta, grad.dtype)
+    _add_by_index(mask, grad.shape[0])
     del mask
     return (out,)
 
 
-def _index_put_by_sorting(m: Machine, num_dims: int, num_indices: int) -> None:
-    """index_put_(accumulate=True): the indices made linear and sorted, beside where they were."""
-    indices = nonzero(m, num_dims, num_indices)
-    linear = m.empty((num_indices,), DType.int64)
-    ordered, positions = m.empty((num_indices,), DType.int64), m.empty((num_indices,), DType.int64)
-    counted = m.empty((num_indices,), DType.int64)
-    del indices, linear, ordered, positions, counted
+def _add_by_index(mask: Tensor, num_indices: int) -> None:
+    """index_put_(accumulate=True): the indices of each dimension made one, and sorted with where they were."""
+    m = mask.machine
+    if not m.device.is_cuda:
+        return
+    shape = (num_indices,)
+    indices = _nonzero(mask, num_indices)
+    linear = None
+    for _ in mask.shape:
+        remainder = m.empty(shape, DType.int64)
+        scaled = m.empty(shape, DType.int64)
+        del remainder
+        linear = linear or scaled
+        del scaled
+    del indices
+    ordered, positions = m.empty(shape, DType.int64), m.empty(shape, DType.int64)
+    counted = m.empty(shape, DType.int64)
+    _scratch(m, 1 if num_indices <= _ONE_TILE_OF_A_SORT else 16 * num_indices)
+    del linear, ordered, positions, counted
 
 
 def masked_scatter(mask: Tensor, source: Tensor) -> Tensor:
@@ -67,6 +97,7 @@ def masked_scatter(mask: Tensor, source: Tensor) -> Tensor:
     node = record(m, _masked_scatter_backward, (source,), (mask,) if source.requires_grad else (), meta=source.shape)
     result = attach(node, m.empty(mask.shape, source.dtype))  # out of place: a clone, then in place
     prefix_sum = m.empty(mask.shape, DType.int64)
+    _scratch(m, _SCAN_BYTES)
     del prefix_sum, zeros
     return result
 
@@ -75,7 +106,15 @@ def _masked_scatter_backward(node: Node, grads: GradList) -> Grads:
     """masked_select of the incoming gradient."""
     grad, m = incoming(grads), node.machine
     mask = node.unpack()
-    indices = nonzero(m, len(mask.shape), node.meta[0])
+    indices = _nonzero(mask, node.meta[0])
     out = m.empty(node.meta, grad.dtype)
     del indices, mask
     return (out,)
+
+
+def count_true(mask: Tensor) -> Tensor:
+    """mask.sum() of booleans: a scalar, by way of an int64 copy."""
+    m = mask.machine
+    result = m.empty((), DType.int64)
+    m.empty(mask.shape, DType.int64)
+    return result
