@@ -59,10 +59,10 @@ class Llama(Decoder):
         k_norm = self.norm(build, "self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            q = self.heads(q_proj(x), spec.num_attention_heads, rotated=q_norm is None and rope)
+            q = self.heads(q_proj(x), spec.num_attention_heads, rotated=rope)
             if q_norm is not None:
                 q = q_norm(q)
-            k = self.heads(k_proj(x), spec.num_key_value_heads, rotated=k_norm is None and rope)
+            k = self.heads(k_proj(x), spec.num_key_value_heads, rotated=rope)
             if k_norm is not None:
                 k = k_norm(k)
             v = self.heads(v_proj(x), spec.num_key_value_heads)

@@ -80,13 +80,13 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 
 def _mul_backward(node: Node, grads: GradList) -> Grads:
     grad, m = incoming(grads), node.machine
+    saved = [node.unpack(i) for i in range(len(node.saved))]
     for_a = for_b = None
     if node.needs[1]:
-        a = node.unpack(1 if node.needs[0] else 0)
+        a = saved[-1]
         for_b = m.empty(broadcast(grad.shape, a.shape), promote(grad.dtype, a.dtype))
-        del a
     if node.needs[0]:
-        b = node.unpack(0)
+        b = saved[0]
         for_a = m.empty(broadcast(grad.shape, b.shape), promote(grad.dtype, b.dtype))
     return for_a, for_b
 
