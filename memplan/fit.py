@@ -1,0 +1,247 @@
+"""Will it fit, and if not, which change makes it fit; if so, how much further can one go.
+
+A run fits when the caching allocator, played with what the card has left beside context and kernels, never fails:
+at the limit it gives cached blocks back to the driver and tries again, as PyTorch does before it raises out-of-memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+from memplan import catalog, gpus
+from memplan.changes import Change, Fields, applicable, flags
+from memplan.errors import MemplanError
+from memplan.estimate import Estimate, ModelLike, make_config
+from memplan.gpus import GpuSpec
+from memplan.memory.allocator import OutOfMemory
+from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.simulate import simulate
+from memplan.model_spec import ModelSpec
+from memplan.residuals import band
+from memplan.search import last_not_negative, last_true_below
+from memplan.train_config import TrainConfig
+
+Verdict = Literal["fits", "too close to call", "does not fit"]
+Knob = Literal["micro_batch_size", "seq_len", "rank"]
+KNOBS: tuple[Knob, ...] = ("micro_batch_size", "seq_len", "rank")
+_LIMITS: dict[str, int] = {"micro_batch_size": 2**16, "seq_len": 2**22, "rank": 2**14}
+MAX_SUGGESTIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Changes that make the run fit."""
+
+    flags: str
+    """Options to add to the command."""
+    fields: Fields
+    process_bytes: int
+    cost: str
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """The answer for one run on one card; sizes in bytes."""
+
+    estimate: Estimate
+    gpu: GpuSpec
+    verdict: Verdict
+    capacity_bytes: int
+    """What the card has for this process, and for what the driver keeps of it."""
+    band_bytes: int
+    """How far measured runs of this kind have gone beyond their prediction."""
+    suggestions: tuple[Suggestion, ...]
+    largest: dict[str, int]
+    """When it fits: the largest value of each knob that still fits, each alone."""
+
+    @property
+    def fits(self) -> bool:
+        """True only for a plain `fits`: too close to call is not a yes."""
+        return self.verdict == "fits"
+
+    @property
+    def process_bytes(self) -> int:
+        return self.estimate.process_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Capacity less what the process takes where memory is not short; negative where it is."""
+        return self.capacity_bytes - self.estimate.process_bytes
+
+
+class Fitter:
+    """Answers for one model and card; estimates are made once a config."""
+
+    def __init__(self, model: ModelSpec, gpu: GpuSpec, allocator: AllocatorConfig, capacity_bytes: int) -> None:
+        self.model = model
+        self.gpu = gpu
+        self.allocator = allocator
+        self.capacity_bytes = capacity_bytes
+        self._estimates: dict[TrainConfig, Estimate] = {}
+        self._verdicts: dict[TrainConfig, Verdict] = {}
+
+    def estimate(self, config: TrainConfig) -> Estimate:
+        made = self._estimates.get(config)
+        if made is None:
+            made = self._estimates[config] = Estimate(self.model, config, self.gpu, self.allocator)
+        return made
+
+    def verdict(self, config: TrainConfig) -> Verdict:
+        known = self._verdicts.get(config)
+        if known is None:
+            known = self._verdicts[config] = self._judge(config)
+        return known
+
+    def _judge(self, config: TrainConfig) -> Verdict:
+        made = self.estimate(config)
+        left = self.capacity_bytes - made.runtime.beside_reserved(config)
+        if made.tensor_bytes > left:  # the tensors alone are too much: nothing to play
+            return "does not fit"
+        margin = band(config, made.tensor_bytes)
+        if made.reserved_bytes + margin <= left:
+            return "fits"
+        if self._trains_within(made, left - margin):
+            return "fits"
+        return "too close to call" if self._trains_within(made, left + margin) else "does not fit"
+
+    def _trains_within(self, made: Estimate, num_bytes: int) -> bool:
+        """Whether the run gets through when the driver has `num_bytes` for the allocator."""
+        if num_bytes <= 0:
+            return False
+        try:
+            simulate(made.program, replace(self.allocator, capacity_bytes=num_bytes))
+        except OutOfMemory:
+            return False
+        return True
+
+    def largest(self, config: TrainConfig, knob: Knob) -> int:
+        """The largest value of `knob` with which the run fits; 0 if none does.
+
+        The tensors alone bound it from above, at a tenth of the price of a verdict; the verdict is then sought
+        downwards from there.
+        """
+        if knob == "rank" and not config.trains_adapters:
+            return 0
+        left = self.capacity_bytes - self.estimate(config).runtime.beside_reserved(config)
+
+        def at(value: int) -> TrainConfig:
+            return config.but(**{knob: value})
+
+        def spare(value: int) -> int:
+            return left - self.estimate(at(value)).tensor_bytes
+
+        bound = last_not_negative(spare, getattr(config, knob), _LIMITS[knob])
+        return last_true_below(lambda value: self.verdict(at(value)) == "fits", bound)
+
+    def suggestions(self, config: TrainConfig) -> Iterator[Suggestion]:
+        """Single changes that make `config` fit, cheapest first; the best pairs where no single one does."""
+        singles = list(applicable(config))
+        found = False
+        for change, fields in singles:
+            made = self._try(config, fields)
+            if made is not None:
+                found = True
+                yield Suggestion(flags(fields), fields, made.process_bytes, change.cost)
+        if found:
+            return
+        for (first, a), (second, b) in combinations(singles, 2):
+            if a.keys() & b.keys():
+                continue
+            made = self._try(config, a | b)
+            if made is not None:
+                yield Suggestion(flags(a | b), a | b, made.process_bytes, _both(first, second))
+
+    def _try(self, config: TrainConfig, fields: Fields) -> Estimate | None:
+        try:
+            changed = config.but(**fields)
+            return self.estimate(changed) if self.verdict(changed) == "fits" else None
+        except ValueError:  # what the config or the model refuses is no suggestion (MemplanError is one)
+            return None
+
+
+def _both(first: Change, second: Change) -> str:
+    return f"{first.cost}; {second.cost}"
+
+
+def fit(
+    model: ModelLike,
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    gpu: GpuSpec | str = "auto",
+    free_only: bool = False,
+    allocator: AllocatorConfig | str | None = None,
+    **fields: Any,
+) -> FitReport:
+    """Whether fine-tuning `model` fits on `gpu`, what to change if not, how far one can go if so.
+
+    Args:
+        gpu: a name, a size such as `24GiB`, or `auto` for the card of this machine.
+        free_only: with `auto`, count only what is free now (a desktop or another job holds the rest).
+
+    Raises:
+        MemplanError: as `estimate`, and for `auto` where there is no card.
+    """
+    fitter, run = _fitter(model, config, gpu, free_only, allocator, fields)
+    verdict = fitter.verdict(run)
+    suggestions: list[Suggestion] = []
+    largest: dict[str, int] = {}
+    if verdict == "fits":
+        largest = {knob: value for knob in KNOBS if (value := fitter.largest(run, knob))}
+    else:
+        for suggestion in fitter.suggestions(run):
+            suggestions.append(suggestion)
+            if len(suggestions) == MAX_SUGGESTIONS:
+                break
+    made = fitter.estimate(run)
+    return FitReport(
+        estimate=made,
+        gpu=fitter.gpu,
+        verdict=verdict,
+        capacity_bytes=fitter.capacity_bytes,
+        band_bytes=band(run, made.tensor_bytes),
+        suggestions=tuple(suggestions),
+        largest=largest,
+    )
+
+
+def solve(
+    model: ModelLike,
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    gpu: GpuSpec | str = "auto",
+    for_: Knob = "micro_batch_size",
+    allocator: AllocatorConfig | str | None = None,
+    **fields: Any,
+) -> int:
+    """The largest `for_` with which the run fits on `gpu`; 0 if none does.
+
+    Raises:
+        MemplanError: as `fit`, and for a knob that cannot be solved for.
+    """
+    if for_ not in KNOBS:
+        raise MemplanError(f"cannot solve for `{for_}`", hints=["solve for " + ", ".join(f"`{k}`" for k in KNOBS)])
+    fitter, run = _fitter(model, config, gpu, False, allocator, fields)
+    return fitter.largest(run, for_)
+
+
+def _fitter(
+    model: ModelLike,
+    config: TrainConfig | Mapping[str, Any] | None,
+    gpu: GpuSpec | str,
+    free_only: bool,
+    allocator: AllocatorConfig | str | None,
+    fields: Mapping[str, Any],
+) -> tuple[Fitter, TrainConfig]:
+    spec = model if isinstance(model, ModelSpec) else catalog.load(model)
+    run = make_config(config, **fields)
+    if isinstance(gpu, str) and gpu.strip().lower() == "auto":
+        found = gpus.detect()
+        card, capacity = found.spec, found.free_bytes if free_only else found.total_bytes
+    else:
+        card = gpus.get(gpu) if isinstance(gpu, str) else gpu
+        capacity = card.memory_bytes
+    settings = AllocatorConfig.parse(allocator) if isinstance(allocator, str) else allocator or AllocatorConfig()
+    return Fitter(spec, card, settings, capacity), run
