@@ -210,6 +210,7 @@ class Composer:
             if head.segment.tied_slot >= 0:
                 links.append((e, PORT_TIED, h, head.segment.tied_slot))
             program.play("backward", step, e, embedding.backward, links)
+        program.play("backward", step, h, head.after_backward)
         # The loop lets go of the loss, and with it of the graph.
         released = "clip" if self.config.stack == "torch" else "backward"
         if self.config.reentrant:  # the checkpoint's context holds its arguments as long as the graph lives

@@ -33,6 +33,8 @@ class Head:
     segment: Segment
     loss: Tape
     outputs: Tape
+    after_backward: Tape
+    """What dies when `backward()` returns."""
 
 
 @dataclass
@@ -79,11 +81,10 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
         scaled = loss if config.stack == "torch" else mul_number(loss)  # accelerator.backward divides by 1
         ones = m.empty((), DType.fp32)  # torch.autograd.backward holds it until it returns
         run_backward(scaled, [ones.detach()])
+        backward = m.new_tape()
         del ones, scaled
-        if config.stack != "torch":
-            _check_finite(m)
+        after_backward = m.new_tape()
     dx = collector.meta if collector is not None else None
-    backward = m.new_tape()
     # the scalar itself dies when the loop lets go of it
     segment = finish("head", recorder, build, (forward, after, backward), out=None, dx=dx)
     for slot, size in (*loss_tape, *outputs_tape):
@@ -94,7 +95,7 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
         if name == decoder.tied_name:
             segment.tied_slot = slot
     segment.gradients = [(name, slot) for name, slot in segment.gradients if name != decoder.tied_name]
-    return Head(segment, loss_tape, outputs_tape)
+    return Head(segment, loss_tape, outputs_tape, after_backward)
 
 
 def _model_outputs(decoder: Decoder, lm_head: object, hidden_states: Tensor) -> _Outputs:
@@ -159,11 +160,3 @@ def _sft_loss(fused: FusedOutput) -> Tensor:
 def _gathered(x: Tensor) -> Tensor:
     """The sum over one process of what was gathered from it."""
     return x.machine.empty((), x.dtype)
-
-
-def _check_finite(m: Machine) -> None:
-    """torch.isnan(loss) or torch.isinf(loss)."""
-    is_nan = m.empty((), DType.bool8)
-    del is_nan
-    magnitude, is_inf = m.empty((), DType.fp32), m.empty((), DType.bool8)
-    del magnitude, is_inf

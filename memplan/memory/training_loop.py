@@ -77,6 +77,9 @@ class TrainingLoop:
         if self._loss is not None:
             self.program.play("backward", step, self._loss[0], [(self._loss[1], 0)])
         self._loss = frame, slot
+        # torch.isnan(tr_loss_step) or torch.isinf(tr_loss_step)
+        block = BLOCK_BYTES
+        self._play_new("backward", step, [(0, block), (0, 0), (1, block), (2, block), (1, 0), (2, 0)], "loss")
 
     def clip(self, step: int, tape: Tape) -> None:
         """Clipping. The trainers take the norm also where nothing is clipped, and keep it."""

@@ -21,8 +21,10 @@ def causal_lm_loss(logits: Tensor, *, num_items_in_batch: bool = False) -> Tenso
     logits = to(logits, DType.fp32)
     labels, shift_labels = shifted_labels(m, batch, tokens)
     loss = cross_entropy(logits.view(batch * tokens, vocab), shift_labels)
-    del labels
-    return mul_number(loss) if num_items_in_batch else loss
+    if num_items_in_batch:
+        loss = mul_number(loss)
+    del labels, logits  # only now: they are the function's locals
+    return loss
 
 
 def shifted_labels(m: Machine, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
