@@ -1,0 +1,192 @@
+"""The search behind `plan`: count each run once for all GPUs, rank by the roofline, play only what would be chosen.
+
+    a lower bound of memory    live tensors and what the process takes beside the allocator; it needs no allocator
+    a lower bound of hours     the fastest run whose lower bound of memory fits
+    the truth                  the run as it is, played on the caching allocator for the GPU's own runtime
+
+A run is played when its lower bounds would put it on the front; if it does not fit after all, the next one of its GPU
+and method takes its place. What is not on the front by its lower bounds cannot be on it in truth. So the cost grows with
+methods times micro-batches times two, plus the length of the front, and hardly with the number of GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from memplan.cost import Interval, amount_of, bounds
+from memplan.errors import MemplanError
+from memplan.estimate import Estimate
+from memplan.gpus import GpuSpec
+from memplan.memory.runtime import runtime_for
+from memplan.model_spec import ModelSpec
+from memplan.prices import Price
+from memplan.timing.model import StepTime, half_dtype, step_time, time_of
+from memplan.timing.roofline import roofline, shipped
+from memplan.timing.work import StepWork, step_work
+from memplan.train_config import Method, TrainConfig
+from memplan.units import gib
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run it, on one GPU."""
+
+    gpu: str
+    config: TrainConfig
+    hours: float
+    interval: Interval
+    """Hours, (low, high)."""
+    dollars: float | None
+    price: Price | None
+    process_bytes: int
+    """What the run takes of the GPU's memory; a lower bound where it was not played."""
+    memory_bytes: int
+    """What the GPU has."""
+    tokens_per_second: float
+    mfu: float
+    bound_by: str
+    fits: bool
+    """It was played and fits; otherwise all that is known is that nothing better fits."""
+
+    @property
+    def method(self) -> Method:
+        return self.config.method
+
+
+class Counted:
+    """One run counted for every GPU: its work, and the tensors alone as a lower bound of its memory."""
+
+    def __init__(self, spec: ModelSpec, config: TrainConfig, card: GpuSpec) -> None:
+        self.spec, self.config = spec, config
+        # Gradients that wait for the next micro-step only add to what one micro-step takes.
+        self.estimate = Estimate(spec, config.but(gradient_accumulation_steps=1), card)
+
+    @cached_property
+    def work(self) -> StepWork:
+        steps = self.config.gradient_accumulation_steps
+        return step_work(self.estimate.program, self.spec, self.estimate.config, num_micro_steps=steps)
+
+    def least_bytes(self, card: GpuSpec) -> int:
+        return self.estimate.tensor_bytes + runtime_for(card).beside_reserved(self.config)
+
+
+def played(spec: ModelSpec, config: TrainConfig, card: GpuSpec) -> Estimate:
+    """The estimate of `config`; every micro-step after the second repeats it, in memory and in time."""
+    return Estimate(spec, config.but(gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2)), card)
+
+
+@dataclass
+class Lane:
+    """One method on one GPU: its runs that may fit, fastest first, and how far they have been tried."""
+
+    card: GpuSpec
+    method: Method
+    price: Price | None
+    runs: list[tuple[float, StepTime, Counted]] = field(default_factory=list)
+    candidate: Candidate | None = None
+    """The fastest run that has not been ruled out."""
+    why_none: str = ""
+
+
+class Search:
+    """Counts, ranks and plays the runs of one plan."""
+
+    def __init__(self, spec: ModelSpec, runs: dict[Method, list[TrainConfig]], num_tokens: int) -> None:
+        self.spec, self.runs, self.num_tokens = spec, runs, num_tokens
+        self.num_configurations = self.num_played = 0
+        self._counted: dict[TrainConfig, Counted] = {}
+        self._played: dict[tuple[object, TrainConfig], Estimate] = {}
+
+    def lane(self, card: GpuSpec, method: Method, price: Price | None, smallest: GpuSpec) -> Lane:
+        """The runs of `method` on `card`; `smallest` is the GPU whose runtime takes least."""
+        lane = Lane(card, method, price)
+        self.num_configurations += len(self.runs[method])
+        try:
+            roofline(card, half_dtype(self.runs[method][0]), shipped().constants)
+        except MemplanError as error:
+            lane.why_none = error.message
+            return lane
+        least = 0
+        for counted in self._small_enough(card, method, smallest):
+            needed = counted.least_bytes(card)
+            least = min(least or needed, needed)
+            if needed <= card.memory_bytes:
+                time = time_of(counted.work, counted.config, card, shipped().constants)
+                lane.runs.append((self._hours(time, counted.config), time, counted))
+        lane.runs.sort(key=lambda run: run[0])
+        lane.why_none = f"does not fit: at least {gib(least)}, {gib(card.memory_bytes)} there"
+        self._take_next(lane)
+        return lane
+
+    def _small_enough(self, card: GpuSpec, method: Method, smallest: GpuSpec) -> Iterator[Counted]:
+        """Runs by ascending micro-batch, up to the first whose tensors alone are too large."""
+        too_large: set[bool] = set()
+        for config in self.runs[method]:
+            if config.gradient_checkpointing in too_large:
+                continue
+            counted = self._counted.get(config)
+            if counted is None:
+                counted = self._counted[config] = Counted(self.spec, config, smallest)
+            if counted.least_bytes(card) > card.memory_bytes:
+                too_large.add(config.gradient_checkpointing)
+            yield counted
+
+    def _hours(self, time: StepTime, config: TrainConfig) -> float:
+        return time.step_seconds * amount_of(config, num_tokens=self.num_tokens).num_steps / 3600
+
+    def _take_next(self, lane: Lane) -> None:
+        lane.candidate = None
+        if lane.runs:
+            hours, time, counted = lane.runs[0]
+            needed = counted.least_bytes(lane.card)
+            lane.candidate = _candidate(lane, counted.config, hours, time, needed, fits=False)
+
+    def settle(self, lanes: Iterable[Lane]) -> None:
+        """Plays the candidates of `lanes`; one that does not fit gives way to the next of its lane."""
+        for lane in lanes:
+            candidate = lane.candidate
+            assert candidate is not None
+            estimate = self._play(candidate.config, lane.card)
+            if estimate.process_bytes > lane.card.memory_bytes:
+                lane.why_none = (
+                    f"does not fit: {gib(estimate.process_bytes)} at micro-batch {candidate.config.micro_batch_size}, "
+                    f"{gib(lane.card.memory_bytes)} there"
+                )
+                del lane.runs[0]
+                self._take_next(lane)
+                continue
+            steps = candidate.config.gradient_accumulation_steps
+            time = step_time(estimate, lane.card, num_micro_steps=steps)
+            hours = self._hours(time, candidate.config)
+            lane.candidate = _candidate(lane, candidate.config, hours, time, estimate.process_bytes, fits=True)
+
+    def _play(self, config: TrainConfig, card: GpuSpec) -> Estimate:
+        runtime = runtime_for(card)
+        # what of a runtime the played program depends on, names apart
+        key = (runtime.workspace_bytes, runtime.beside_reserved(config)), config
+        if key not in self._played:
+            self.num_played += 1
+            self._played[key] = played(self.spec, config, card)
+        return self._played[key]
+
+
+def _candidate(
+    lane: Lane, config: TrainConfig, hours: float, time: StepTime, process_bytes: int, *, fits: bool
+) -> Candidate:
+    interval, _ = bounds(hours, time, lane.card, shipped())
+    return Candidate(
+        gpu=lane.card.name,
+        config=config,
+        hours=hours,
+        interval=interval,
+        dollars=None if lane.price is None else hours * lane.price.usd_per_gpu_hour,
+        price=lane.price,
+        process_bytes=process_bytes,
+        memory_bytes=lane.card.memory_bytes,
+        tokens_per_second=time.tokens_per_second,
+        mfu=time.mfu,
+        bound_by=time.bound_by,
+        fits=fits,
+    )
