@@ -81,7 +81,7 @@ class Fitter:
         self.allocator = allocator
         self.capacity_bytes = capacity_bytes
         self._estimates: dict[TrainConfig, Estimate] = {}
-        self._verdicts: dict[TrainConfig, Verdict] = {}
+        self._fits: dict[TrainConfig, bool] = {}
 
     def estimate(self, config: TrainConfig) -> Estimate:
         made = self._estimates.get(config)
@@ -90,22 +90,28 @@ class Fitter:
         return made
 
     def verdict(self, config: TrainConfig) -> Verdict:
-        known = self._verdicts.get(config)
+        if self.fits(config):
+            return "fits"
+        made = self.estimate(config)
+        spare = self._left(made) - made.tensor_bytes
+        margin = band(config, made.tensor_bytes)
+        if spare + margin >= 0 and self._trains_within(made, self._left(made) + margin):
+            return "too close to call"
+        return "does not fit"
+
+    def fits(self, config: TrainConfig) -> bool:
+        """Whether the run gets through with the band of measured residuals to spare."""
+        known = self._fits.get(config)
         if known is None:
-            known = self._verdicts[config] = self._judge(config)
+            made = self.estimate(config)
+            left = self._left(made) - band(config, made.tensor_bytes)
+            # where the tensors alone are too much there is nothing to play
+            known = self._fits[config] = made.tensor_bytes <= left and self._trains_within(made, left)
         return known
 
-    def _judge(self, config: TrainConfig) -> Verdict:
-        made = self.estimate(config)
-        left = self.capacity_bytes - made.runtime.beside_reserved(config)
-        if made.tensor_bytes > left:  # the tensors alone are too much: nothing to play
-            return "does not fit"
-        margin = band(config, made.tensor_bytes)
-        if made.reserved_bytes + margin <= left:
-            return "fits"
-        if self._trains_within(made, left - margin):
-            return "fits"
-        return "too close to call" if self._trains_within(made, left + margin) else "does not fit"
+    def _left(self, made: Estimate) -> int:
+        """What the driver has for the allocator."""
+        return self.capacity_bytes - made.runtime.beside_reserved(made.config)
 
     def _trains_within(self, made: Estimate, num_bytes: int) -> bool:
         """Whether the run gets through when the driver has `num_bytes` for the allocator."""
@@ -125,16 +131,16 @@ class Fitter:
         """
         if knob == "rank" and not config.trains_adapters:
             return 0
-        left = self.capacity_bytes - self.estimate(config).runtime.beside_reserved(config)
 
         def at(value: int) -> TrainConfig:
             return config.but(**{knob: value})
 
         def spare(value: int) -> int:
-            return left - self.estimate(at(value)).tensor_bytes
+            made = self.estimate(at(value))
+            return self._left(made) - made.tensor_bytes
 
         bound = last_not_negative(spare, getattr(config, knob), _LIMITS[knob])
-        return last_true_below(lambda value: self.verdict(at(value)) == "fits", bound)
+        return last_true_below(lambda value: self.fits(at(value)), bound)
 
     def suggestions(self, config: TrainConfig) -> Iterator[Suggestion]:
         """Single changes that make `config` fit, cheapest first; the best pairs where no single one does."""
@@ -157,7 +163,7 @@ class Fitter:
     def _try(self, config: TrainConfig, fields: Fields) -> Estimate | None:
         try:
             changed = config.but(**fields)
-            return self.estimate(changed) if self.verdict(changed) == "fits" else None
+            return self.estimate(changed) if self.fits(changed) else None
         except ValueError:  # what the config or the model refuses is no suggestion (MemplanError is one)
             return None
 
