@@ -1,0 +1,132 @@
+"""`main`: the `memplan` command. Exit status: 0 done (or it fits), 1 it does not fit (only `fit`), 2 bad input,
+101 a bug, 130 Ctrl-C.
+
+Only the command that is named gets imported; the others are there for help, completion and spelling.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from memplan.cli.render import emit
+from memplan.errors import MemplanError
+
+COMMANDS = {
+    "estimate": "What a run takes: the peak, when it is, what is alive there, in three tiers.",
+    "compare": "Full fine-tuning, LoRA and QLoRA side by side.",
+    "models": "The models that are bundled, and what memplan knows of one.",
+    "gpus": "The GPUs that are known, as their drivers report them.",
+}
+"""Each is a module of this package with a function `register(app, summary)`."""
+
+EPILOG = """Examples:
+
+  memplan estimate llama-7b --method qlora --rank 16
+
+  memplan compare llama-7b
+
+  memplan models show qwen3-8b
+"""
+
+
+def build(named: str | None) -> typer.Typer:
+    """The application with the command `named` in full and the others by name; with None all in full."""
+    app = typer.Typer(
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback(epilog=EPILOG)(_memplan)
+    for name, summary in COMMANDS.items():
+        if named in (name, None):
+            import_module(f"memplan.cli.{name}").register(app, summary)
+        else:
+            app.command(name, help=summary)(_not_named)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from memplan import __version__
+
+        emit(f"memplan {__version__}")
+        raise typer.Exit
+
+
+def _memplan(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """GPU memory, time and cost of fine-tuning a language model, before anyone rents a GPU."""
+
+
+def _not_named() -> None:
+    raise AssertionError("only the command that is named runs")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `memplan` on `arguments` (the command line's unless given) and exits."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs `memplan` and returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")  # a terminal of another encoding gets `?` for a bar, not a crash
+    named = next((word for word in arguments if not word.startswith("-")), "")
+    completing = "_MEMPLAN_COMPLETE" in os.environ
+    try:
+        status = build(None if completing else named)(
+            args=list(arguments) or ["--help"], prog_name="memplan", standalone_mode=False
+        )
+        # No command at all: help, and the status of a usage error.
+        return 2 if not arguments else status if isinstance(status, int) else 0
+    except MemplanError as error:
+        return _complain(error.message, error.hints)
+    except typer.TyperException as error:
+        return _complain(*_usage(error))
+    except (KeyboardInterrupt, typer.Abort):
+        emit("aborted", err=True)
+        return 130
+    except Exception as error:
+        if os.environ.get("MEMPLAN_DEBUG") == "1":
+            traceback.print_exc()
+        hints = ["please report it with the command that was run", "`MEMPLAN_DEBUG=1` shows where"]
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _complain(f"a bug in memplan: {what}", hints, status=101)
+
+
+def _usage(error: typer.TyperException) -> tuple[str, list[str]]:
+    """typer's complaint about the command line in memplan's words."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    possible = list(getattr(error, "possibilities", None) or ())
+    hints = []
+    if possible:
+        message = message.partition(" (Possible")[0]
+        hints.append("did you mean " + " or ".join(f"`{name}`" for name in possible) + "?")
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        hints.append(f"`{context.command_path} -h` shows what is legal")
+    return message[:1].lower() + message[1:], hints
+
+
+def _complain(message: str, hints: Sequence[str], status: int = 2) -> int:
+    emit(f"error: {' '.join(message.split())}", err=True)
+    for hint in hints:
+        emit(f"hint: {hint}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

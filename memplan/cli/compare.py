@@ -1,0 +1,104 @@
+"""`memplan compare`: full fine-tuning, LoRA and QLoRA side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memplan.cli import options
+from memplan.cli.estimate import STACKS
+from memplan.cli.render import bold, columns, dim, emit, gib, heading, join, paragraph, percent
+from memplan.units import human
+
+if TYPE_CHECKING:
+    from memplan.compare import Column, Comparison
+
+EPILOG = """Examples:
+
+  memplan compare llama-7b
+
+  memplan compare llama-3.1-8b --rank 64 --seq-len 2048 --variants 50
+
+  memplan compare qwen3-8b --gpu rtx-4090 --json
+"""
+
+_HEADS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def register(app: typer.Typer, summary: str) -> None:
+    app.command("compare", short_help=summary, epilog=EPILOG)(compare)
+
+
+@options.takes_run(without=("method",))
+def compare(
+    model: options.Model,
+    run: dict[str, Any],
+    variants: Annotated[
+        int, typer.Option(min=1, help="Fine-tuned models to store.", rich_help_panel=options.OUTPUT)
+    ] = 20,
+    gpu: options.Gpu = None,
+    allocator: options.Allocator = None,
+    as_json: options.Json = False,
+) -> None:
+    """Full fine-tuning, LoRA and QLoRA side by side.
+
+    Options that one of the methods has no use for, such as the rank in full fine-tuning, are left out there.
+    """
+    from memplan.compare import compare as compare_methods
+
+    comparison = compare_methods(model, run, num_variants=variants, gpu=gpu, allocator=allocator)
+    if as_json:
+        from memplan.report import CompareReport
+
+        emit(CompareReport.of(comparison).model_dump_json(indent=2))
+        return
+    emit(join(comparison_lines(comparison)))
+
+
+def comparison_lines(comparison: Comparison) -> Iterator[str]:
+    table = comparison.columns
+    first = table[0].estimate
+    config = first.config
+    batch = f"micro-batch {config.micro_batch_size} × {config.seq_len} tokens"
+    yield f"{bold(first.model.label)}: {batch}, as {STACKS[config.stack]} runs it"
+    ranked = table[1].estimate.config
+    targets = ranked.target_modules
+    yield f"rank {ranked.rank} on {targets if isinstance(targets, str) else ', '.join(targets)}; sizes in GiB"
+    yield ""
+    rows = [("", *(bold(_HEADS[c.estimate.config.method]) for c in table))]
+    rows += [(label, *(write(column) for column in table)) for label, write in _rows(comparison.num_variants)]
+    yield from columns(rows, "lrrr", gap=4)
+    yield ""
+    yield heading("fits", "process within what the driver reports, nothing else on the card")
+    fits = [
+        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *("yes" if column.fits(gpu) else dim("no") for column in table))
+        for gpu in comparison.gpus
+    ]
+    yield from columns([("", "", *(_HEADS[c.estimate.config.method] for c in table)), *fits], "lrrrr", gap=4)
+    yield ""
+    basis = f"{first.runtime.basis}: {first.runtime.source}"
+    beside = f"Beside reserved memory the process holds driver, context and kernels, {basis}"
+    yield from (dim(line) for line in paragraph(beside, indent=0))
+    for warning in dict.fromkeys(w for column in table for w in column.estimate.warnings):
+        yield from paragraph(warning, first="warning: ")
+
+
+def _rows(num_variants: int) -> list[tuple[str, Callable[[Column], str]]]:
+    return [
+        ("trainable parameters", lambda c: f"{c.estimate.num_trainable_params:,}"),
+        ("  of all", lambda c: percent(c.estimate.num_trainable_params, c.estimate.num_params)),
+        ("weights", lambda c: gib(c.weight_bytes)),
+        ("adapters", lambda c: gib(c.adapter_resident_bytes)),
+        ("gradients", lambda c: gib(c.gradient_bytes)),
+        ("optimizer states", lambda c: gib(c.optimizer_state_bytes)),
+        ("activations and loss at the peak", lambda c: gib(c.activation_bytes)),
+        ("peak is in", lambda c: c.estimate.peak_phase),
+        ("allocated", lambda c: gib(c.estimate.allocated_bytes)),
+        ("reserved", lambda c: gib(c.estimate.reserved_bytes)),
+        ("process (nvidia-smi)", lambda c: bold(gib(c.estimate.process_bytes))),
+        ("  the same in GB", lambda c: f"{c.estimate.process_bytes / 1e9:,.2f}"),
+        ("saved", lambda c: human(c.estimate.checkpoint_bytes)),
+        (f"disk for {num_variants} variants", lambda c: human(c.storage_bytes(num_variants))),
+    ]

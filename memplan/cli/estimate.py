@@ -1,0 +1,162 @@
+"""`memplan estimate`: one run, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memplan.cli import options
+from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
+from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, TrainConfig
+from memplan.units import human
+
+if TYPE_CHECKING:
+    from memplan.estimate import Estimate
+
+EPILOG = """Examples:
+
+  memplan estimate llama-7b --method qlora --rank 16
+
+  memplan estimate qwen3-8b --stack trainer --seq-len 2048 --gpu rtx-4090
+
+  memplan estimate ./my-model/config.json --method full --explain
+"""
+
+STACKS = {"torch": "a plain PyTorch loop", "trainer": "transformers' Trainer", "trl": "TRL's SFTTrainer"}
+_LABELS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+_WIDTH_OF_BAR = 36
+
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain", metavar="", help="Each part's formula with this run's numbers.", rich_help_panel=options.OUTPUT
+    ),
+]
+
+
+def register(app: typer.Typer, summary: str) -> None:
+    app.command("estimate", short_help=summary, epilog=EPILOG)(estimate)
+
+
+@options.takes_run()
+def estimate(
+    model: options.Model,
+    run: dict[str, Any],
+    gpu: options.Gpu = None,
+    allocator: options.Allocator = None,
+    explain: Explain = False,
+    as_json: options.Json = False,
+) -> None:
+    """What a run takes: the peak, when it is, what is alive there, in three tiers.
+
+    What is not given is set as the stack sets it, and shown with a star.
+    """
+    from memplan.estimate import estimate as estimate_run
+
+    result = estimate_run(model, run, gpu=gpu, allocator=allocator)
+    if as_json:
+        from memplan.report import EstimateReport
+
+        emit(EstimateReport.of(result, explained=explain).model_dump_json(indent=2))
+        return
+    if explain:
+        from memplan.cli.explain import explanation_text
+
+        emit(explanation_text(result))
+        return
+    emit(join(estimate_lines(result)))
+
+
+def title(result: Estimate) -> str:
+    """`llama-7b: QLoRA, rank 16, as TRL's SFTTrainer runs it`"""
+    config = result.config
+    rank = f" rank {config.rank}" if config.trains_adapters else ""
+    return f"{bold(result.model.label)}: {_LABELS[config.method]}{rank}, as {STACKS[config.stack]} runs it"
+
+
+def estimate_lines(result: Estimate) -> Iterator[str]:
+    yield title(result)
+    yield from count_lines(result)
+    yield ""
+    yield heading("run", "* not given")
+    yield from run_lines(result.config)
+    yield ""
+    yield heading(f"alive at the peak ({result.peak_phase})", "GiB")
+    yield from component_lines(result)
+    yield ""
+    yield heading("peak of each phase", "GiB")
+    phases = " · ".join(f"{name} {gib(size)}" for name, size in result.phases.items() if name != "zero_grad")
+    yield from paragraph(phases)
+    yield ""
+    yield from tier_lines(result)
+    for warning in result.warnings:
+        yield from paragraph(warning, first="warning: ")
+
+
+def run_lines(config: TrainConfig) -> list[str]:
+    """Every assumption of the run by the name of its option, two a line; a star where the user said nothing."""
+    unused = {
+        *(_ADAPTER_FIELDS if config.method == "full" else ()),
+        *(_QUANT_FIELDS if config.method != "qlora" else ()),
+    }
+    unused |= {"reentrant"} if not config.gradient_checkpointing else set()
+    unused |= {"double_quant"} if config.quant_type == "int8" else set()
+    cells = []
+    for name in type(config).model_fields:
+        if name not in unused:
+            star = "" if name in config.model_fields_set else " *"
+            cells.append((name.replace("_", "-"), _value(getattr(config, name)) + star))
+    half = -(-len(cells) // 2)
+    rows = [(*left, *(right or ("", ""))) for left, right in zip(cells[:half], [*cells[half:], None], strict=False)]
+    return columns(rows, "llll")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def component_lines(result: Estimate) -> list[str]:
+    total = result.allocated_bytes
+    rows = [
+        (name.replace("_", " "), gib(size), percent(size, total), bar(size, total, _WIDTH_OF_BAR))
+        for name, size in result.components.items()
+    ]
+    return [*columns(rows, "lrrl")]
+
+
+def tier_lines(result: Estimate) -> Iterator[str]:
+    """The three tiers, what each is and where its constants come from."""
+    runtime = result.runtime
+    beside = result.process_bytes - result.reserved_bytes
+    process = f"{gib(result.process_bytes)}"
+    in_gb = f"({result.process_bytes / 1e9:.2f} GB)"
+    yield heading("three tiers, at their peaks", "GiB")
+    yield from columns(
+        [
+            ("allocated", gib(result.allocated_bytes), "live tensors (torch.cuda.max_memory_allocated)"),
+            ("reserved", gib(result.reserved_bytes), "the caching allocator's (max_memory_reserved)"),
+            (bold("process"), bold(process), f"{in_gb} nvidia-smi: what runs out"),
+        ],
+        "lrl",
+    )
+    source = f"{gib(beside)} beside reserved for driver, context and kernels, {runtime.basis}: {runtime.source}"
+    yield from (dim(line) for line in paragraph(source))
+    if result.gpu is not None:
+        gpu = result.gpu
+        spare = gpu.memory_bytes - result.process_bytes
+        verdict = f"{gib(spare)} GiB to spare" if spare >= 0 else f"{gib(-spare)} GiB short"
+        yield f"  {gpu.name} has {gib(gpu.memory_bytes)} GiB: {verdict}"
+
+
+def count_lines(result: Estimate) -> Iterator[str]:
+    """Parameters and what is saved."""
+    share = percent(result.num_trainable_params, result.num_params)
+    what = "adapter" if result.config.trains_adapters else "checkpoint"
+    yield f"{result.num_params:,} parameters, {result.num_trainable_params:,} trained ({share})"
+    yield f"saved {what}: {human(result.checkpoint_bytes)}"

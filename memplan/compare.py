@@ -1,0 +1,116 @@
+"""Full fine-tuning, LoRA and QLoRA of one model side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memplan import gpus
+from memplan.errors import MemplanError
+from memplan.estimate import Estimate, ModelLike, estimate
+from memplan.gpus import GpuSpec
+from memplan.memory.allocator_config import AllocatorConfig
+from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, Method
+
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+_HAVE_NO_USE_FOR: dict[str, tuple[str, ...]] = {
+    "full": (*_ADAPTER_FIELDS, *_QUANT_FIELDS),
+    "lora": _QUANT_FIELDS,
+    "qlora": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One method. What is resident is told wherever the peak falls."""
+
+    estimate: Estimate
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.estimate.bytes_of("weights")
+
+    @property
+    def adapter_resident_bytes(self) -> int:
+        return self.estimate.bytes_of("adapters")
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.estimate.bytes_of("gradients")
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        return self.estimate.bytes_of("optimizer_states")
+
+    @property
+    def activation_bytes(self) -> int:
+        """Saved activations and the loss's tensors alive at the peak."""
+        parts = self.estimate.components
+        return parts.get("activations", 0) + parts.get("loss", 0)
+
+    def storage_bytes(self, num_variants: int) -> int:
+        """Disk for `num_variants` fine-tuned models: each in full, or one base and an adapter for each.
+
+        The base is kept in the dtype it is loaded in.
+        """
+        run = self.estimate
+        if not run.config.trains_adapters:
+            return num_variants * run.checkpoint_bytes
+        return self.base_bytes + num_variants * run.adapter_bytes
+
+    @property
+    def base_bytes(self) -> int:
+        """Size of the base model's files, unquantised."""
+        weights = self.estimate.program.weights
+        return sum(
+            w.numel * (w.loaded_dtype or w.dtype).itemsize for w in weights if w.kind == "weights" and not w.buffer
+        )
+
+    def fits(self, gpu: GpuSpec) -> bool:
+        """Whether the process fits in what the driver reports, nothing else running on the card."""
+        return self.estimate.process_bytes <= gpu.memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    columns: tuple[Column, ...]
+    num_variants: int
+    gpus: tuple[GpuSpec, ...]
+    """The cards asked about, smallest first."""
+
+
+def compare(
+    model: ModelLike,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    num_variants: int = 20,
+    gpu: GpuSpec | str | None = None,
+    allocator: AllocatorConfig | str | None = None,
+) -> Comparison:
+    """The three methods on one model.
+
+    Args:
+        model: as for `estimate`.
+        fields: of TrainConfig, for all methods; those that a method has no use for are left out there.
+        num_variants: fine-tuned models to store.
+        gpu: decides the runtime's constants, and is asked about beside the common cards.
+        allocator: PYTORCH_ALLOC_CONF.
+
+    Raises:
+        MemplanError: as `estimate`; `method` among the fields; fewer than one variant.
+    """
+    given = dict(fields or {})
+    if "method" in given:
+        raise MemplanError("`method` is what is compared", hints=["`memplan estimate` takes one"])
+    if num_variants < 1:
+        raise MemplanError(f"`variants` is a number of models to store, not {num_variants}")
+    columns = []
+    for method in METHODS:
+        run = {name: value for name, value in given.items() if name not in _HAVE_NO_USE_FOR[method]}
+        columns.append(Column(estimate(model, run, gpu=gpu, allocator=allocator, method=method)))
+    card = columns[0].estimate.gpu
+    asked = {row.name: row for row in map(gpus.get, gpus.COMMON)}
+    if card is not None:
+        asked[card.name] = card
+    return Comparison(tuple(columns), num_variants, tuple(sorted(asked.values(), key=lambda row: row.memory_bytes)))
