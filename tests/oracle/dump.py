@@ -37,7 +37,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--autocast", action="store_true")
     parser.add_argument("--optimizer", default="adamw_torch")
     parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--loss", default="full", choices=["full", "chunked", "liger"])
+    parser.add_argument("--loss", default="full", choices=["full", "chunked"])
     parser.add_argument("--stack", default="torch", choices=["torch", "trainer", "trl"], help="who calls the model")
     parser.add_argument(
         "--sdpa-first", default="cudnn", choices=["cudnn", "flash"], help="H100/H200/B200, or other GPUs"

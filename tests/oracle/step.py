@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -35,6 +37,19 @@ class OracleResult:
 PHASES = ("forward", "backward", "clip", "optimizer", "zero_grad")
 
 
+def _quiet(function: Callable[..., OracleResult]) -> Callable[..., OracleResult]:
+    """The libraries' warnings are not the oracle's (a test run makes them errors)."""
+
+    @functools.wraps(function)
+    def quiet(*args: Any, **kwargs: Any) -> OracleResult:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args, **kwargs)
+
+    return quiet
+
+
+@_quiet
 def run(
     hf_config: dict[str, Any],
     *,
@@ -62,8 +77,23 @@ def run(
     sdpa_first: str = "cudnn",
     events: bool = False,
 ) -> OracleResult:
-    """Two training steps; the bytes alive in each phase, as `torch.cuda.memory_allocated` would tell them."""
+    """Two training steps; the bytes alive in each phase, as `torch.cuda.memory_allocated` would tell them.
+
+    cuBLAS workspaces are not among them, nor what the caching allocator adds where it does not split a block.
+
+    Args:
+        attention: `sdpa` is what transformers takes by default: eager for a family that has no sdpa.
+        padding: the batch has a real padding mask; without, Trainer and TRL pass one of ones.
+        optimizer: a Hugging Face `optim` string, or `adamw_torch_forloop`, `sgd_momentum`.
+        loss: `full` logits, or TRL's `chunked` (the `trl` package must be importable; implies `stack="trl"`).
+        stack: who calls the model: a plain loop, transformers' `Trainer` (under `autocast`, outputs cast to fp32),
+            or TRL's `SFTTrainer`.
+        sdpa_first: `cudnn` on H100, H200, B200 with the wheels of CUDA 13; `flash` elsewhere (sdpa.py).
+        events: keep the event stream.
+    """
     torch.set_num_threads(1)
+    if loss not in ("full", "chunked"):
+        raise ValueError(f"no oracle for loss {loss!r}")
     if loss == "chunked" and stack == "torch":
         stack = "trl"
     model, num_params = build(
