@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.architectures.decoder import Decoder
 from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
+from memplan.architectures.gpt_oss import GptOss
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
 from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "qwen3_moe": Qwen3Moe,
     "qwen2_moe": Qwen2Moe,
     "olmoe": Olmoe,
+    "gpt_oss": GptOss,
     "qwen2": Llama,
     "qwen3": Llama,
     "gemma": Gemma,

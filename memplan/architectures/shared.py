@@ -89,7 +89,9 @@ class Shared:
         return [t for t in (getattr(self, f.name) for f in fields(self)) if t is not None]
 
 
-def causal_mask(decoder: Decoder, m: Machine, dtype: DType, *, window: int | None) -> Tensor | None:
+def causal_mask(
+    decoder: Decoder, m: Machine, dtype: DType, *, window: int | None, detects_packing: bool = True
+) -> Tensor | None:
     """The mask of causal attention over `window` tokens (all of them if None).
 
     sdpa: boolean [1 or B, 1, S, S], or None where `is_causal` says the same: no padding and a window longer than the
@@ -99,7 +101,7 @@ def causal_mask(decoder: Decoder, m: Machine, dtype: DType, *, window: int | Non
     eager = decoder.attention_implementation == "eager"
     if padding:
         padding_mask = m.empty((batch, tokens), DType.bool8)
-    else:
+    elif detects_packing:
         _find_packed_sequences(m, batch, tokens)
     if not eager and not padding and (window is None or window > tokens):
         return None

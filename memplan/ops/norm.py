@@ -36,6 +36,23 @@ class RMSNorm:
 
 
 @dataclass(slots=True)
+class LateCastRMSNorm:
+    """gpt_oss's: (weight * x32 * rstd) in fp32, then back (models/gpt_oss/modeling_gpt_oss.py `GptOssRMSNorm`)."""
+
+    weight: Parameter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = to(x, DType.fp32)
+        variance = mean_last(pow_number(x))
+        x = mul(x, rsqrt(add_number(variance)))
+        return to(mul(self.weight, x), dtype)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight]
+
+
+@dataclass(slots=True)
 class OffsetRMSNorm:
     """Gemma's: x32 * rstd * (1 + weight) in fp32, then back (models/gemma/modeling_gemma.py `GemmaRMSNorm`)."""
 
