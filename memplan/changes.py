@@ -97,7 +97,7 @@ CHANGES: tuple[Change, ...] = (
     Change("checkpointing", "time: each layer's forward runs twice, about a third more", _checkpointing),
     Change("half the micro-batch", "time: smaller kernels; the global batch stays", _half_batch),
     Change("micro-batch 1", "time: smaller kernels; the global batch stays", _batch_of_one),
-    Change("8-bit optimizer", "quality: states in 8 bit, close to the same in practice; needs bitsandbytes", _eight_bit),
+    Change("8-bit optimizer", "quality: states in 8 bit, little noticed in practice; needs bitsandbytes", _eight_bit),
     Change("paged optimizer", "time: states move between host and GPU; needs bitsandbytes", _paged),
     Change("bf16 weights", "quality: no fp32 master weights, small updates can be lost", _pure_bf16),
     Change("lower rank", "quality: adapters of a quarter of the rank", _quarter_rank),

@@ -38,14 +38,13 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
     result = Simulation()
     frames: list[list[Block | None]] = [[None] * frame.num_slots for frame in program.frames]
     here: tuple[int, str] | None = None
+    memory = PhaseMemory(0, 0, 0, 0)
     for play in program.plays:
         if (play.step, play.phase) != here:
             here = play.step, play.phase
             while len(result.phases) <= play.step:
                 result.phases.append({})
-            memory = result.phases[play.step].get(play.phase)
-            if memory is None:
-                memory = result.phases[play.step][play.phase] = PhaseMemory(0, 0, 0, 0)
+            memory = result.phases[play.step].setdefault(play.phase, PhaseMemory(0, 0, 0, 0))
             allocator.reset_peak()
         for to_frame, to_slot, from_frame, from_slot in play.links:
             frames[to_frame][to_slot] = frames[from_frame][from_slot]
