@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.architectures.decoder import Decoder
 from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
+from memplan.architectures.gpt2 import GPT2
 from memplan.architectures.gpt_oss import GptOss
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
@@ -15,6 +16,7 @@ from memplan.ops.device import HOPPER, Device
 from memplan.train_config import TrainConfig
 
 FAMILIES: dict[str, type[Decoder]] = {
+    "gpt2": GPT2,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,

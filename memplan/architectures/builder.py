@@ -36,6 +36,8 @@ class Weight:
     """Bytes of each tensor of a quantised weight; empty for a plain one."""
     loaded_dtype: DType | None = None
     """dtype in which it is loaded, if it is cast afterwards."""
+    prepared_dtype: DType | None = None
+    """dtype in which prepare_model_for_kbit_training leaves it, if the first forward casts it once more."""
     buffer: bool = False
     """Not a parameter (rotary frequencies)."""
     of: str = ""
@@ -64,6 +66,8 @@ class Builder:
     parameters: list[Parameter] = field(default_factory=list)
     held: list[Tensor] | None = None
     """Locals of the model's forward that live until it returns; None for the first layer's input alone."""
+    position_ids: Tensor | None = None
+    """Positions that the embedding needed before the layers do."""
 
     @property
     def dtype(self) -> DType:
@@ -119,7 +123,8 @@ class Builder:
             self.weights.append(
                 Weight(f"{name}.weight", (out_features, in_features), self.dtype, False, "weights", tuple(stored))
             )
-            base = Linear4bit(in_features, out_features, self.config.double_quant, bias=self._bias(name, out_features, bias))
+            base = Linear4bit(in_features, out_features, self.config.double_quant, compute_dtype=self.compute_dtype)
+            base.bias = self._bias_4bit(name, out_features) if bias else None
         else:
             shape = (in_features, out_features) if transposed else (out_features, in_features)
             weight = self.parameter(f"{name}.weight", shape)
@@ -127,6 +132,23 @@ class Builder:
         if not self.is_target(name):
             return base
         return self._adapted(name, base, in_features, out_features)
+
+    @property
+    def compute_dtype(self) -> DType:
+        """dtype of products with 4-bit weights (`bnb_4bit_compute_dtype`): the model's, bf16 for an fp32 model."""
+        return self.dtype if self.dtype.is_half else DType.bf16
+
+    def _bias_4bit(self, name: str, width: int) -> Parameter:
+        """prepare_model_for_kbit_training casts it to fp32, the layer's first forward casts it back for good
+        (bitsandbytes 0.50.2 nn/modules.py `Linear4bit.forward`: `bias.data = bias.data.to(x.dtype)`)."""
+        dtype = self.compute_dtype
+        prepared = DType.fp32 if self.config.kbit_prep else None
+        self.weights.append(
+            Weight(
+                f"{name}.bias", (width,), dtype, False, "weights", loaded_dtype=self.dtype, prepared_dtype=prepared
+            )
+        )
+        return Parameter(self.machine, f"{name}.bias", (width,), dtype, trains=False)
 
     def _bias(self, name: str, width: int, wanted: bool) -> Parameter | None:
         return self.parameter(f"{name}.bias", (width,)) if wanted else None

@@ -76,9 +76,9 @@ class Decoder:
         """What happens to the embeddings after masks and tables are made: dropout."""
         return hidden_states
 
-    def make_shared(self, machine: Machine, dtype: DType) -> Shared:
-        """What the model computes once for all layers, in its order."""
-        return Shared.computed(self, machine, dtype)
+    def make_shared(self, machine: Machine, dtype: DType, position_ids: Tensor | None = None) -> Shared:
+        """What the model computes once for all layers, in its order, beside `position_ids` it has already."""
+        return Shared.computed(self, machine, dtype, position_ids)
 
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
         raise NotImplementedError

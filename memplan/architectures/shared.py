@@ -32,20 +32,28 @@ class Shared:
     alibi: Tensor | None = None
 
     @classmethod
-    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, slot: int | None = None) -> Shared:
+    def made_by(
+        cls,
+        decoder: Decoder,
+        machine: Machine,
+        dtype: DType,
+        *,
+        slot: int | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Shared:
         """The shared tensors of a run whose hidden states are of `dtype`; with `slot` EXTERNAL as stand-ins."""
         if slot is not None:
             return cls._stand_ins(decoder.make_shared(Machine(), dtype), machine, slot)
-        return decoder.make_shared(machine, dtype)
+        return decoder.make_shared(machine, dtype, position_ids)
 
     @classmethod
-    def computed(cls, decoder: Decoder, machine: Machine, dtype: DType) -> Self:
+    def computed(
+        cls, decoder: Decoder, machine: Machine, dtype: DType, position_ids: Tensor | None = None
+    ) -> Self:
         """Positions, masks, rotary tables: the order of most models."""
         tokens = decoder.config.seq_len
         shared = cls()
-        counted = machine.empty((tokens,), DType.int64)
-        shared.position_ids = machine.empty((1, tokens), DType.int64)
-        del counted
+        shared.position_ids = positions(machine, tokens) if position_ids is None else position_ids
         windows = decoder.attention_windows()
         if "full_attention" in windows:
             shared.mask = causal_mask(decoder, machine, dtype, window=windows["full_attention"])
@@ -87,6 +95,11 @@ class Shared:
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (getattr(self, f.name) for f in fields(self)) if t is not None]
+
+
+def positions(m: Machine, tokens: int) -> Tensor:
+    """(torch.arange(tokens) + 0).unsqueeze(0): [1, S]"""
+    return _shifted_range(m, tokens).view(1, tokens)
 
 
 def causal_mask(

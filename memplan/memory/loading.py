@@ -37,11 +37,15 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
             continue
         loaded = w.loaded_dtype or w.dtype
         slot = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)
-        if loaded is not w.dtype:
+        if loaded is not (w.prepared_dtype or w.dtype):
             casts.append((slot, w))
     for slot, w in casts:
-        loading.allocate(loading.casts, w.numel * w.dtype.itemsize, w.kind)
+        prepared = w.prepared_dtype or w.dtype
+        cast = loading.allocate(loading.casts, w.numel * prepared.itemsize, w.kind)
         loading.free(loading.casts, slot)
+        if prepared is not w.dtype:
+            loading.allocate(loading.settles, w.numel * w.dtype.itemsize, w.kind)
+            loading.free(loading.settles, cast)
     make_adapters(loading, weights, config, workspace_bytes)
     return loading
 

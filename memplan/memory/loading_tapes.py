@@ -11,17 +11,18 @@ from memplan.ops.tensor import Tape, round_block
 
 @dataclass
 class Loading:
-    """Three tapes over one frame: the base model, what k-bit preparation casts, the adapters."""
+    """Tapes over one frame: the base model, what k-bit preparation casts, the adapters, what the first forward casts."""
 
     base: Tape = field(default_factory=list)
     casts: Tape = field(default_factory=list)
     adapters: Tape = field(default_factory=list)
+    settles: Tape = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     empties_cache: bool = False
     """prepare_model_for_kbit_training ends with torch.cuda.empty_cache() (PEFT 0.21.2 utils/other.py)."""
 
     def events(self) -> Iterator[tuple[int, int]]:
-        return chain(self.base, self.casts, self.adapters)
+        return chain(self.base, self.casts, self.adapters, self.settles)
 
     def allocate(self, tape: Tape, num_bytes: int, kind: str = "temporaries") -> int:
         self.kinds.append(kind)

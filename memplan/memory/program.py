@@ -91,6 +91,7 @@ class Composer:
         self.program = Program()
         self.workspaces: set[tuple[str, str]] = set()
         """Thread and library of those taken: each keeps its own from its first product on."""
+        self.settles: tuple[int, Tape] = 0, []
         self.loop = TrainingLoop(self.program, self.config)
 
     def compose(self) -> Program:
@@ -143,6 +144,7 @@ class Composer:
         if loading.empties_cache:
             program.play("prepare", 0, frame, EMPTY_CACHE)
         program.play("prepare", 0, frame, loading.adapters)
+        self.settles = frame, loading.settles
 
     def _play(
         self, phase: str, step: int, frame: int, segment: Segment, tape: Tape, links: Iterable[Link] = ()
@@ -164,6 +166,9 @@ class Composer:
         program = self.program
         embedding, layers, head = pieces.embedding, pieces.layers, pieces.head
         e = program.frame_of(embedding)
+        if self.settles[1]:
+            program.play("forward", step, *self.settles)
+            self.settles = 0, []
         self._play("forward", step, e, embedding, embedding.forward)
         before, slot = e, embedding.out_slot
         frames = []
@@ -179,10 +184,12 @@ class Composer:
         # The model's forward returns: its locals go.
         program.play("forward", step, before, layers[-1].after_next)
         program.play("forward", step, e, embedding.after_model)
-        kept = [any(layer.keeps_shared[i] for layer in layers) for i in range(len(pieces.shared_slots))]
-        shared = list(zip(pieces.shared_slots, kept, strict=True))
-        program.play("forward", step, e, [(s, 0) for s, keep in shared if not keep])
-        frees_shared: Tape = [(s, 0) for s, keep in shared if keep]
+        lives = [self._life_of_shared(pieces, i) for i in range(len(pieces.shared_slots))]
+        frees_shared: dict[str, Tape] = {
+            end: [(s, 0) for s, life in zip(pieces.shared_slots, lives, strict=True) if life == end]
+            for end in ("forward", "layers", "embedding")
+        }
+        program.play("forward", step, e, frees_shared["forward"])
         if layers[0].x_dies == "model" and not embedding.holds_out:
             program.play("forward", step, e, [(embedding.out_slot, 0)])
         self._play("loss", step, h, head.segment, head.loss)
@@ -204,23 +211,31 @@ class Composer:
             self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)])
             before, slot = f, layer.dx_slot
         if not self.config.reentrant:
-            program.play("backward", step, e, frees_shared)
+            program.play("backward", step, e, frees_shared["layers"])
         if slot >= 0:
             links = [(e, PORT_DY, before, slot)]
             if head.segment.tied_slot >= 0:
                 links.append((e, PORT_TIED, h, head.segment.tied_slot))
             program.play("backward", step, e, embedding.backward, links)
+            program.play("backward", step, e, frees_shared["embedding"])
         program.play("backward", step, h, head.after_backward)
         # The loop lets go of the loss, and with it of the graph.
         released = "clip" if self.config.stack == "torch" else "backward"
         if self.config.reentrant:  # the checkpoint's context holds its arguments as long as the graph lives
-            program.play(released, step, e, frees_shared)
+            program.play(released, step, e, frees_shared["layers"])
         if released == "clip":
             program.play(released, step, h, [(head.segment.out_slot, 0)])
         program.play(released, step, e, embedding.after_loss)
         self.loop.end_micro_step(step, h, head.segment.out_slot)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
+
+    def _life_of_shared(self, pieces: Pieces, index: int) -> str:
+        """What lets go last of a tensor that all layers share: the model's forward, the layers' backward, or the
+        embedding's (positions, where they are learned)."""
+        if pieces.embedding.keeps_shared[index] and not self.config.reentrant:
+            return "embedding"
+        return "layers" if any(layer.keeps_shared[index] for layer in pieces.layers) else "forward"
 
     def _make_optimizer(self, plan: Plan) -> int:
         """The frame of the optimizer's states; some are made by its constructor."""

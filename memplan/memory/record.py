@@ -32,13 +32,15 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     embeddings = decoder.embed(build)
     if accumulating:
         seed_gradients(build.parameters)
-    shared = Shared.made_by(decoder, m, embeddings.dtype)
+    shared = Shared.made_by(decoder, m, embeddings.dtype, position_ids=build.position_ids)
     slots = [t.storage.slot for t in shared.tensors()]
+    keeps_shared = tuple([t.storage.refs > 1 for t in shared.tensors()])
     out = decoder.enter(build, embeddings)
     del embeddings
     keeps_out = build.held is None or any(t.storage is out.storage for t in build.held)
     forward = m.new_tape()
-    build.held = None
+    while build.held:
+        build.held.pop(0)
     after_model = m.new_tape()
     m.cast_cache.clear()
     after = m.new_tape()
@@ -52,7 +54,8 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     del leaf
     out.node = None
     after_loss = m.new_tape()
-    segment = finish("embedding", recorder, build, (forward, after, backward), out=out, dx=None)
+    tapes = forward, after, backward
+    segment = finish("embedding", recorder, build, tapes, out=out, dx=None, keeps_shared=keeps_shared)
     segment.out_requires_grad = out_requires_grad
     segment.keeps_out, segment.holds_out, segment.after_model = keeps_out, holds_out, after_model
     segment.after_loss = [(segment.out_slot, 0), *after_loss] if holds_out else after_loss

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.ops.pointwise import add_number, mul, mul_number, pow_number, saves_input, saves_result
+from memplan.ops.pointwise import add, add_number, mul, mul_number, pow_number, saves_input, saves_result
 from memplan.ops.tensor import Tensor
 
 
 def gelu_new(x: Tensor) -> Tensor:
     """0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3))), op by op (`NewGELUActivation`)."""
-    half = mul_number(x)
-    inner = mul_number(_add_cube(x))
-    return mul(half, add_number(saves_result(inner)))
-
-
-def _add_cube(x: Tensor) -> Tensor:
-    from memplan.ops.pointwise import add
-
-    return add(x, mul_number(pow_number(x)))
+    # nested as there, so that each intermediate dies with the expression that takes it
+    return mul(mul_number(x), add_number(saves_result(mul_number(add(x, mul_number(pow_number(x)))))))
 
 
 def gelu_fast(x: Tensor) -> Tensor:
     """0.5 * x * (1 + tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))) (`FastGELUActivation`)."""
-    half = mul_number(x)
-    inner = mul(mul_number(x), add_number(mul(mul_number(x), x)))
-    return mul(half, add_number(saves_result(inner)))
+    return mul(mul_number(x), add_number(saves_result(mul(mul_number(x), add_number(mul(mul_number(x), x))))))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

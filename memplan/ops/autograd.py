@@ -56,7 +56,10 @@ class Node:
         return saved if isinstance(saved, Tensor) else saved.unpack()
 
     def release(self) -> None:
-        self.saved = ()
+        """Lets go of the saved tensors, first to last (a tuple would do it last to first)."""
+        saved, self.saved = list(reversed(self.saved)), ()
+        while saved:
+            saved.pop()
 
 
 def edge_of(tensor: Tensor) -> tuple[Node, int] | None:

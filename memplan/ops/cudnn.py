@@ -36,7 +36,7 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     random_state = m.empty((), DType.int64), m.empty((), DType.int64)
     result = attach(node, m.empty((batch, tokens, heads, v.shape[-1]), q.dtype))
     if node is not None:
-        save_result(node, result, m.empty((batch, heads, tokens), DType.fp32), *random_state)
+        save_result(node, m.empty((batch, heads, tokens), DType.fp32), result, *random_state)
     if m.device.is_cuda:
         m.workspace(FORWARD_WORKSPACE_BYTES)
     return result

@@ -19,11 +19,12 @@ class Embedding:
         return [self.weight]
 
 
-def embedding(table: Embedding, batch: tuple[int, ...]) -> Tensor:
-    """F.embedding of ids [*batch]: [*batch, width] in the table's dtype; saves the ids only."""
+def embedding(table: Embedding, batch: tuple[int, ...], ids: Tensor | None = None) -> Tensor:
+    """F.embedding of ids [*batch]: [*batch, width] in the table's dtype; saves the ids only, which are `ids` where they
+    are no input of the run."""
     weight = table.weight
     m = weight.machine
-    node = record(m, _embedding_backward, (weight,), meta=weight.shape)
+    node = record(m, _embedding_backward, (weight,), () if ids is None else (ids,), meta=weight.shape)
     return result_of(node, m, (*batch, weight.shape[1]), weight.dtype)
 
 

@@ -147,7 +147,9 @@ def saves_result(x: Tensor, backward: Backward = same_size_backward) -> Tensor:
 
 
 def pow_number(x: Tensor) -> Tensor:
-    """x ** number."""
+    """x ** number, in fp32 under autocast."""
+    if x.machine.autocast and x.dtype.is_half:
+        x = to(x, DType.fp32)
     return saves_input(x, _pow_backward)
 
 
