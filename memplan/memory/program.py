@@ -187,7 +187,7 @@ class Composer:
         lives = [self._life_of_shared(pieces, i) for i in range(len(pieces.shared_slots))]
         frees_shared: dict[str, Tape] = {
             end: [(s, 0) for s, life in zip(pieces.shared_slots, lives, strict=True) if life == end]
-            for end in ("forward", "layers", "embedding")
+            for end in ("forward", "layers")
         }
         program.play("forward", step, e, frees_shared["forward"])
         if layers[0].x_dies == "model" and not embedding.holds_out:
@@ -216,8 +216,10 @@ class Composer:
             links = [(e, PORT_DY, before, slot)]
             if head.segment.tied_slot >= 0:
                 links.append((e, PORT_TIED, h, head.segment.tied_slot))
-            program.play("backward", step, e, embedding.backward, links)
-            program.play("backward", step, e, frees_shared["embedding"])
+            tape = embedding.backward
+            if self.config.reentrant:
+                tape = [event for event in tape if event not in frees_shared["layers"]]
+            program.play("backward", step, e, tape, links)
         program.play("backward", step, h, head.after_backward)
         # The loop lets go of the loss, and with it of the graph.
         released = "clip" if self.config.stack == "torch" else "backward"

@@ -35,6 +35,8 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     shared = Shared.made_by(decoder, m, embeddings.dtype, position_ids=build.position_ids)
     slots = [t.storage.slot for t in shared.tensors()]
     keeps_shared = tuple([t.storage.refs > 1 for t in shared.tensors()])
+    if build.position_ids is not None and build.position_ids.storage.refs > 1:
+        shared.position_ids = build.position_ids = None  # the embedding's backward is to free them
     out = decoder.enter(build, embeddings)
     del embeddings
     keeps_out = build.held is None or any(t.storage is out.storage for t in build.held)
