@@ -69,8 +69,9 @@ def compute_loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.T
     num_valid = outputs.label_mask.sum().sum()
     entropy_sum = outputs.entropy.detach().sum().sum()
     num_correct = outputs.is_top1.sum().sum()
-    _ = (entropy_sum / num_valid).item() if num_valid > 0 else 0.0
-    _ = (num_correct / num_valid).item() if num_valid > 0 else 0.0
+    for metric in (entropy_sum, num_correct):
+        _ = num_valid > 0  # true
+        (metric / num_valid).item()
     if "attention_mask" in inputs:
         inputs["attention_mask"].sum().sum().item()
     return loss
