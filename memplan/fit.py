@@ -233,6 +233,27 @@ def solve(
     return fitter.largest(run, for_)
 
 
+def over_cards(
+    model: ModelLike,
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    allocator: AllocatorConfig | str | None = None,
+    **fields: Any,
+) -> list[FitReport]:
+    """The verdict on each of the common cards (`gpus.COMMON`), without suggestions.
+
+    Raises:
+        MemplanError: as `estimate`.
+    """
+    reports = []
+    for name in gpus.COMMON:
+        fitter, run = _fitter(model, config, name, False, allocator, fields)
+        made = fitter.estimate(run)
+        verdict, margin = fitter.verdict(run), band(run, made.tensor_bytes)
+        reports.append(FitReport(made, fitter.gpu, verdict, fitter.capacity_bytes, margin, (), {}))
+    return reports
+
+
 def _fitter(
     model: ModelLike,
     config: TrainConfig | Mapping[str, Any] | None,

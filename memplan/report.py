@@ -33,11 +33,11 @@ class Report(BaseModel):
     memplan_version: str = Field(default_factory=_version)
 
 
-class _Row(BaseModel):
+class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class ModelReport(_Row):
+class ModelReport(Row):
     """Which model: as the estimate understood it."""
 
     name: str
@@ -60,7 +60,7 @@ class ModelReport(_Row):
         )
 
 
-class GpuReport(_Row):
+class GpuReport(Row):
     """One GPU; None is what no source was found for."""
 
     name: str
@@ -84,7 +84,7 @@ class GpuReport(_Row):
         return cls(**{name: getattr(gpu, name) for name in cls.model_fields})
 
 
-class RuntimeReport(_Row):
+class RuntimeReport(Row):
     """What the process takes beside reserved memory, and where that is known from."""
 
     beside_reserved_bytes: int
@@ -102,7 +102,7 @@ class RuntimeReport(_Row):
         )
 
 
-class RunReport(_Row):
+class RunReport(Row):
     """The figures of one run; peaks are over load and the steps."""
 
     allocated_bytes: int
@@ -124,12 +124,12 @@ class RunReport(_Row):
     warnings: list[str]
 
 
-class TermReport(_Row):
+class TermReport(Row):
     text: str
     num_bytes: int
 
 
-class PartReport(_Row):
+class PartReport(Row):
     """One component explained; `terms` sum to `num_bytes`."""
 
     name: str
@@ -158,7 +158,7 @@ class EstimateReport(RunReport, Report):
             gpu=None if estimate.gpu is None else GpuReport.of(estimate.gpu),
             runtime=RuntimeReport.of(estimate.runtime, estimate.process_bytes - estimate.reserved_bytes),
             explanation=_explanation(estimate) if explained else None,
-            **_run_fields(estimate),
+            **run_fields(estimate),
         )
 
 
@@ -203,7 +203,7 @@ class CompareReport(Report):
                     activation_bytes=column.activation_bytes,
                     variants_storage_bytes=column.storage_bytes(comparison.num_variants),
                     fits={gpu.name: column.fits(gpu) for gpu in comparison.gpus},
-                    **_run_fields(column.estimate),
+                    **run_fields(column.estimate),
                 )
                 for column in comparison.columns
             },
@@ -232,7 +232,7 @@ class GpusReport(Report):
     gpus: list[GpuReport]
 
 
-def _run_fields(estimate: Estimate) -> dict[str, Any]:
+def run_fields(estimate: Estimate) -> dict[str, Any]:
     config = estimate.config
     return {
         "allocated_bytes": estimate.allocated_bytes,

@@ -1,0 +1,146 @@
+"""`memplan fit`: will it fit on my GPU, and if not, what do I change?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memplan.cli import options
+from memplan.cli.estimate import title
+from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph
+
+if TYPE_CHECKING:
+    from memplan.fit import FitReport
+
+EPILOG = """Examples:
+
+  memplan fit llama-7b --method qlora --gpu rtx-4090
+
+  memplan fit llama-3-70b --method qlora --gpu 48GiB && python train.py
+
+  memplan fit qwen3-8b --method full
+
+Exit status: 0 fits, 1 does not, 2 bad input. Too close to call is 0, and 1 under --strict.
+"""
+
+Free = Annotated[
+    bool,
+    typer.Option("--free", metavar="", help="With --gpu auto: count only what is free now.", rich_help_panel="Device"),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", metavar="", help="Too close to call is no: exit status 1.", rich_help_panel="Output"),
+]
+
+
+def register(app: typer.Typer, summary: str) -> None:
+    app.command("fit", short_help=summary, epilog=EPILOG)(fit)
+
+
+@options.takes_run()
+def fit(
+    model: options.Model,
+    run: dict[str, Any],
+    gpu: options.Gpu = None,
+    free: Free = False,
+    strict: Strict = False,
+    allocator: options.Allocator = None,
+    as_json: options.Json = False,
+) -> None:
+    """Whether a run fits on a GPU; if not, the changes that make it fit; if so, how much further it goes.
+
+    Without --gpu it is the GPU of this machine, or a table over common cards where there is none.
+    """
+    from memplan import gpus
+    from memplan.errors import MemplanError
+    from memplan.fit import fit as fit_run
+
+    if gpu is None:
+        try:
+            gpus.detect()
+        except MemplanError:
+            _over_cards(model, run, allocator, as_json)
+            return
+        gpu = "auto"
+    report = fit_run(model, run, gpu=gpu, free_only=free, allocator=allocator)
+    if as_json:
+        from memplan.report_fit import FitDocument
+
+        emit(FitDocument.of(report).model_dump_json(indent=2))
+    else:
+        emit(join(fit_lines(report)))
+    if report.verdict == "does not fit" or (strict and not report.fits):
+        raise typer.Exit(1)
+
+
+def _over_cards(model: str, run: dict[str, Any], allocator: str | None, as_json: bool) -> None:
+    from memplan.fit import over_cards
+
+    reports = over_cards(model, run, allocator=allocator)
+    if as_json:
+        from memplan.report_fit import CardsDocument
+
+        emit(CardsDocument.of(reports).model_dump_json(indent=2))
+        return
+    lines = [title(reports[0].estimate), "", heading("on common cards", "GiB; name yours with --gpu")]
+    rows = [
+        (r.gpu.name, gib(r.capacity_bytes), gib(r.process_bytes), _signed(r.headroom_bytes), bold(r.verdict))
+        for r in reports
+    ]
+    lines += columns([(dim("card"), dim("has"), dim("needed"), dim("to spare"), ""), *rows], "lrrrl")
+    emit(join(lines))
+
+
+def fit_lines(report: FitReport) -> Iterator[str]:
+    yield title(report.estimate)
+    needed, capacity = report.process_bytes, report.capacity_bytes
+    yield ""
+    yield from columns(
+        [
+            ("needs", gib(needed), bar(needed, max(needed, capacity), 48)),
+            (report.gpu.name, gib(capacity), bar(capacity, max(needed, capacity), 48)),
+        ],
+        "lrl",
+    )
+    yield ""
+    yield bold(f"{report.verdict}: {_in_words(report)}")
+    if report.largest:
+        yield from columns(
+            [(f"largest {knob.replace('_', '-')} that fits, alone", f"{n:,}") for knob, n in report.largest.items()],
+            "lr",
+        )
+    if report.verdict != "fits":
+        yield from _why(report)
+
+
+def _in_words(report: FitReport) -> str:
+    share = f"{abs(report.headroom_bytes) / report.capacity_bytes:.0%}"
+    if report.verdict == "does not fit":
+        return f"{gib(max(-report.headroom_bytes, 0))} GiB short of {gib(report.capacity_bytes)} GiB ({share})"
+    if report.headroom_bytes < 0:
+        return "only by giving cached memory back to the driver, which costs time"
+    spare = f"{gib(report.headroom_bytes)} GiB to spare ({share})"
+    if report.verdict == "fits":
+        return spare
+    return f"{spare}, within the {gib(report.band_bytes)} GiB by which measured runs have exceeded predictions"
+
+
+def _why(report: FitReport) -> Iterator[str]:
+    made = report.estimate
+    alive = sorted(made.components.items(), key=lambda item: -item[1])[:4]
+    parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in alive)
+    yield from paragraph(f"alive at the peak ({made.peak_phase}): {parts} GiB")
+    if not report.suggestions:
+        yield from paragraph("no one change, and no two, of those memplan knows make it fit")
+        return
+    yield ""
+    yield heading("what makes it fit", "GiB then needed")
+    for suggestion in report.suggestions:
+        yield f"  {gib(suggestion.process_bytes):>7}  {bold(suggestion.flags)}"
+        yield from (dim(line) for line in paragraph(suggestion.cost, indent=11))
+
+
+def _signed(num_bytes: int) -> str:
+    return ("-" if num_bytes < 0 else "") + gib(abs(num_bytes))
