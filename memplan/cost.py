@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -141,7 +140,9 @@ def amount_of(
     rows_per_step = config.micro_batch_size * config.gradient_accumulation_steps
     if num_tokens is not None:
         if epochs != 1.0:
-            raise MemplanError("`epochs` repeats samples or a dataset; tokens are counted in all", hints=["leave it out"])
+            raise MemplanError(
+                "`epochs` repeats samples or a dataset; tokens are counted in all", hints=["leave it out"]
+            )
         note = f"every row holds {config.seq_len} tokens, all of them trained on"
         return Amount(num_tokens, math.ceil(num_tokens / (rows_per_step * config.seq_len)), config.seq_len, (note,))
     if num_samples is not None:
@@ -242,9 +243,7 @@ def _above_zero(value: float, what: str) -> float:
     return value
 
 
-def cost_of(
-    estimate: Estimate, time: StepTime, amount: Amount, price: Price | None, notes: Iterable[str] = ()
-) -> Cost:
+def cost_of(estimate: Estimate, time: StepTime, amount: Amount, price: Price | None, notes: Iterable[str] = ()) -> Cost:
     """The cost of a run whose step has been timed."""
     gpu, config = estimate.gpu, estimate.config
     assert gpu is not None
@@ -292,18 +291,3 @@ def bounds(hours: float, time: StepTime, gpu: GpuSpec, fit: Fit) -> tuple[Interv
     share = min(fastest / time.step_seconds, 1 - p90)
     note = f"never measured on this GPU: scaled from the {fit.gpu} by peaks and bandwidth"
     return (hours * share, hours / share), note
-
-
-def as_json(result: Cost) -> dict[str, Any]:
-    """The result as one JSON document holds it."""
-    body = dataclasses.asdict(dataclasses.replace(result, config=None, price=None))  # type: ignore[arg-type]
-    body["config"] = result.config.model_dump(mode="json")
-    body["price"] = None if result.price is None else price_json(result.price)
-    return body
-
-
-def price_json(price: Price) -> dict[str, Any]:
-    body = dataclasses.asdict(price)
-    body["as_of"] = None if price.as_of is None else price.as_of.isoformat()
-    body["age_days"] = price.age_days()
-    return body

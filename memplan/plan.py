@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan import catalog, gpus
+from memplan.compare import METHODS
 from memplan.cost import PriceSource, check_provider, price_of, price_table
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import ModelLike, make_config
@@ -19,7 +20,6 @@ from memplan.prices import Kind, Price
 from memplan.timing.roofline import shipped
 from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, Method, TrainConfig
 
-METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 TOTAL_BATCH_SIZE = 16
 """Sequences per optimizer step unless told: all rows of a plan train alike."""
 
@@ -274,12 +274,12 @@ def _assumptions(front: list[Candidate]) -> Iterator[str]:
     unmeasured = sorted({c.gpu for c in front if c.gpu != fit.gpu})
     if unmeasured:
         yield f"never measured on {', '.join(unmeasured)}: scaled from the {fit.gpu} by peaks and bandwidth"
-    for age in sorted({c.price.age() for c in front if c.price is not None}):
-        yield f"prices {age}"
+    for age, who in sorted({(c.price.age(), c.price.provider) for c in front if c.price is not None}):
+        yield f"price of {who}: {age}"
 
 
 def flags_of(candidate: Candidate) -> tuple[str, ...]:
-    """The options of `memplan cost` and `memplan estimate` that mean this run: fields that were said, by their names."""
+    """The options of `memplan cost` and `memplan estimate` that mean this run: the fields that were said."""
     config = candidate.config
     flags = ["--gpu", candidate.gpu]
     for name in type(config).model_fields:
@@ -289,8 +289,7 @@ def flags_of(candidate: Candidate) -> tuple[str, ...]:
         if isinstance(value, bool):
             flags.append(option if value else "--no-" + option[2:])
         else:
-            text = ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
-            flags += [option, text]
+            flags += [option, ",".join(value) if isinstance(value, tuple) else str(value)]
     return tuple(flags)
 
 

@@ -5,8 +5,8 @@
     the truth                  the run as it is, played on the caching allocator for the GPU's own runtime
 
 A run is played when its lower bounds would put it on the front; if it does not fit after all, the next one of its GPU
-and method takes its place. What is not on the front by its lower bounds cannot be on it in truth. So the cost grows with
-methods times micro-batches times two, plus the length of the front, and hardly with the number of GPUs.
+and method takes its place. What is not on the front by its lower bounds cannot be on it in truth. So the cost grows
+with methods times micro-batches times two, plus the length of the front, and hardly with the number of GPUs.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memplan.dtypes import DType
+from memplan.compare import Column
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate, ModelLike, estimate, make_config
 from memplan.train_config import TrainConfig
@@ -18,7 +18,7 @@ class Storage:
 
     num_variants: int
     base_bytes: int
-    """One copy of the model in the dtype it is saved in."""
+    """One copy of the model in the dtype it is loaded in."""
     adapter_bytes: int
     """One saved adapter."""
 
@@ -42,15 +42,16 @@ def storage(
     """
     run = make_config(config, **fields)
     if not run.trains_adapters:
-        run = TrainConfig(method="lora", stack=run.stack, seq_len=run.seq_len)
+        run = make_config(method="lora", stack=run.stack, seq_len=run.seq_len)
     return storage_of(estimate(model, run), num_variants)
 
 
 def storage_of(result: Estimate, num_variants: int) -> Storage:
-    """The same for an estimate of a run that trains adapters; a full copy is in half precision, as models are published
-    and merged."""
+    """The same for an estimate of a run that trains adapters; full copies are in the dtype the base is loaded in.
+
+    Raises:
+        MemplanError: a number of variants that is not above zero.
+    """
     if num_variants <= 0:
         raise MemplanError(f"num_variants must be above zero, not {num_variants}")
-    half = DType.fp16 if result.config.weight_dtype == "fp16" else DType.bf16
-    base = sum(w.numel for w in result.program.weights if w.kind != "adapters" and not w.buffer) * half.itemsize
-    return Storage(num_variants, base, result.adapter_bytes)
+    return Storage(num_variants, Column(result).base_bytes, result.adapter_bytes)

@@ -78,9 +78,7 @@ def _row(record: Record, seed: int, held_out: float) -> Row:
     work = step_work(estimate.program, model, config)
     run = json.dumps([record.case.hf_config, config.model_dump(mode="json")], sort_keys=True)
     digest = hashlib.sha256(f"{seed}:{run}".encode()).digest()
-    return Row(
-        record.case.id, config, work, min(record.step_seconds[1:]), digest[0] < 256 * held_out
-    )
+    return Row(record.case.id, config, work, min(record.step_seconds[1:]), digest[0] < 256 * held_out)
 
 
 def fit(rows: Sequence[Row], gpu: GpuSpec) -> Constants:

@@ -1,12 +1,12 @@
 """Matrix products and attention of one training step.
 
-    forward        2 * rows * out * in                       every linear layer, routed experts by their active rows
-    dX             the same                                  wherever a gradient is passed on
-    dW             the same                                  trained weights only: LoRA leaves it out for its base
-    recompute      forward once more                         each layer, under gradient checkpointing
-    attention      4 * B * heads * S**2 * head_dim forward, 2.5 times that in backward (it recomputes the scores);
-                   half of both where the kernel skips what the causal mask hides
-                   (Dao et al. 2022, "FlashAttention", section 3 and appendix B; Dao 2023, section 3.1)
+forward        2 * rows * out * in                       every linear layer, routed experts by their active rows
+dX             the same                                  wherever a gradient is passed on
+dW             the same                                  trained weights only: LoRA leaves it out for its base
+recompute      forward once more                         each layer, under gradient checkpointing
+attention      4 * B * heads * S**2 * head_dim forward, 2.5 times that in backward (it recomputes the scores);
+               half of both where the kernel skips what the causal mask hides
+               (Dao et al. 2022, "FlashAttention", section 3 and appendix B; Dao 2023, section 3.1)
 """
 
 from __future__ import annotations

@@ -144,9 +144,9 @@ def roofline(gpu: GpuSpec, dtype: DType, constants: Constants) -> Roofline:
         MemplanError: a peak of this GPU is not known, or it has no such arithmetic.
     """
     half = gpu.fp16_flops if dtype is DType.fp16 else gpu.bf16_flops
-    if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops is None or (gpu.bf16_flops is None and gpu.fp16_flops is None):
+    if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops is None or (half or gpu.fp16_flops) is None:
         raise MemplanError(
-            f"how fast `{gpu.name}` is is not known, so neither is the time",
+            f"the peaks of `{gpu.name}` are not known, so neither is the time",
             hints=["name a GPU with known peaks, such as `rtx-4090`"],
         )
     if half is None:

@@ -32,8 +32,8 @@ _ONE_32, _ONE_8 = _TWO_32 / 2, _TWO_8 / 2
 _BNB = 3
 
 PASSES: dict[str, Passes] = {
-    # p.mul_, m.lerp_(g), v.mul_, v.addcmul_(g, g), sqrt(v), sqrt.div_, sqrt.add_, p.addcdiv_(m, sqrt): 2 + 3 + 2 + 3 + 2 + 2 + 2 + 4
-    "adamw_torch": Passes(20, per_parameter=0),
+    # p.mul_, m.lerp_(g), v.mul_, v.addcmul_(g, g), sqrt(v), sqrt.div_, sqrt.add_, p.addcdiv_(m, sqrt)
+    "adamw_torch": Passes(2 + 3 + 2 + 3 + 2 + 2 + 2 + 4, per_parameter=0),
     # one kernel: p, g, m, v read; p, m, v written
     "adamw_torch_fused": Passes(7, per_parameter=0),
     "adamw_torch_forloop": Passes(20, per_parameter=8),
@@ -45,7 +45,8 @@ PASSES: dict[str, Passes] = {
     "rmsprop": Passes(2 + 3 + 2 + 2 + 4, per_parameter=0),
     # sum.addcmul_(g, g), sqrt, add_, g * -lr, p.addcdiv_
     "adagrad": Passes(3 + 2 + 2 + 2 + 4, per_parameter=0),
-    # in fp32: g**2 (2), two means (2), outer product (1), update * g (3), rms (1), div_ (2), mul_ (2), decay (2), p.add_ (3)
+    # in fp32: g**2 (2), two means (2), outer product (1), update * g (3), rms (1), div_ (2), mul_ (2), decay (2),
+    # p.add_ (3)
     "adafactor": Passes(0, state_bytes=18 * 4.0, per_parameter=20),
     "adamw_bnb_8bit": Passes(_BNB, _TWO_8),
     "adamw_8bit": Passes(_BNB, _TWO_8),

@@ -150,7 +150,8 @@ def _tile_bytes(spec: ModelSpec, config: TrainConfig) -> tuple[int, int]:
     backward in TRL 1.16 kernels/chunked_logprob.py, at once in liger_kernel 0.8.5 ops/cross_entropy.py."""
     if config.loss == "full":
         return 0, 0
-    logits = config.tokens_per_micro_batch * spec.vocab_size * (2 if config.autocast or config.weight_dtype != "fp32" else 4)
+    itemsize = 2 if config.autocast or config.weight_dtype != "fp32" else 4
+    logits = config.tokens_per_micro_batch * spec.vocab_size * itemsize
     return (logits, 2 * logits) if config.loss == "chunked" else (3 * logits, 0)
 
 
