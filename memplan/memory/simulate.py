@@ -8,6 +8,7 @@ from memplan.memory.allocator import CachingAllocator
 from memplan.memory.allocator_blocks import Block
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.allocator_replay import replay
+from memplan.memory.driver_addresses import DriverAddresses
 from memplan.memory.program import EMPTY_CACHE, Program
 
 
@@ -34,7 +35,10 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
     Raises:
         memplan.memory.allocator.OutOfMemory: the limit in `config` was reached.
     """
-    allocator = CachingAllocator(config)
+    addresses = DriverAddresses()
+    allocator = CachingAllocator(config, new_segment_address=addresses.take)
+    addresses.follow(allocator.segment_events)
+    has_run = False
     result = Simulation()
     frames: list[list[Block | None]] = [[None] * frame.num_slots for frame in program.frames]
     here: tuple[int, str] | None = None
@@ -46,6 +50,9 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
                 result.phases.append({})
             memory = result.phases[play.step].setdefault(play.phase, PhaseMemory(0, 0, 0, 0))
             allocator.reset_peak()
+            if play.phase == "forward" and not has_run:
+                has_run = True
+                addresses.load_kernels()
         for to_frame, to_slot, from_frame, from_slot in play.links:
             frames[to_frame][to_slot] = frames[from_frame][from_slot]
         if play.tape is EMPTY_CACHE:
