@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memplan.architectures.builder import Weight
+from memplan.architectures.builder import MAGNITUDE, Weight
 from memplan.dtypes import DType
 from memplan.memory.loading_tapes import Loading
 from memplan.ops.quantized import BLOCK_SIZE
 from memplan.train_config import TrainConfig
 
 SAVED = ".modules_to_save."
-MAGNITUDE = ".lora_magnitude_vector."
 
 
 def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConfig, workspace_bytes: int) -> None:
@@ -31,19 +30,17 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
         if SAVED in w.name:
             continue
         name = w.name.partition(".lora_")[0]
-        beside = base.get(f"{name}.weight") or base[name]
-        dtypes[w.name] = made = _made_in(beside, config)
+        dtypes[w.name] = made = w.loaded_dtype or base[name].dtype
         held: list[int] = []
         if MAGNITUDE in w.name:
-            held = _weight_norm(loading, beside, config, workspace_bytes)
+            held = _weight_norm(loading, base[f"{name}.weight"], made, config, workspace_bytes)
             workspace_bytes = 0
         slots[w.name] = loading.allocate(tape, w.numel * made.itemsize, w.kind)
         loading.free(tape, *held)
     for w in trained:
         if SAVED in w.name:
-            copied = base[w.name.replace(SAVED, ".")]
-            dtypes[w.name] = copied.dtype
-            slots[w.name] = loading.allocate(tape, w.numel * copied.dtype.itemsize, w.kind)
+            dtypes[w.name] = w.loaded_dtype or w.dtype
+            slots[w.name] = loading.allocate(tape, w.numel * dtypes[w.name].itemsize, w.kind)
     for wanted in (DType.fp32, DType[config.adapter_dtype]):
         for w in trained:
             stays = wanted is DType.fp32 and (SAVED in w.name or config.adapter_dtype == "fp32" and not dtypes[w.name].is_half)
@@ -54,18 +51,11 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
             slots[w.name], dtypes[w.name] = fresh, wanted
 
 
-def _made_in(beside: Weight, config: TrainConfig) -> DType:
-    if not beside.stored:
-        return beside.dtype
-    if config.quant_type == "int8":
-        return DType.fp32
-    return DType.fp16 if config.weight_dtype == "fp16" else DType.bf16
-
-
-def _weight_norm(loading: Loading, base: Weight, config: TrainConfig, workspace_bytes: int) -> list[int]:
+def _weight_norm(
+    loading: Loading, base: Weight, made: DType, config: TrainConfig, workspace_bytes: int
+) -> list[int]:
     """tuners/lora/dora.py `DoraLinearLayer.update_layer`, up to the norm of weight + scaling * B @ A: what it holds."""
     tape = loading.adapters
-    made = _made_in(base, config)
     size = base.numel * made.itemsize
     held: list[int] = []
     if base.stored and config.quant_type != "int8":
@@ -77,7 +67,9 @@ def _weight_norm(loading: Loading, base: Weight, config: TrainConfig, workspace_
         else:
             held.append(loading.allocate(tape, size))
     elif base.stored:
-        held.append(loading.allocate(tape, base.numel * 4))  # int8_vectorwise_dequant
+        product = loading.allocate(tape, base.numel * 4)  # int8_vectorwise_dequant: codes * scales * constant
+        held.append(loading.allocate(tape, base.numel * 4))
+        loading.free(tape, product)
     held.append(loading.allocate(tape, size))  # lora_B @ lora_A
     if workspace_bytes:
         loading.allocate(tape, workspace_bytes, "workspaces")
