@@ -13,13 +13,19 @@ from memplan.architectures.peft_targets import adapts_module, parameter_rank
 from memplan.dtypes import DType
 from memplan.errors import MemplanError
 from memplan.model_spec import ModelSpec
+from memplan.ops.dora import DoraEmbedding, DoraLinear
+from memplan.ops.embedding import Embedding
+from memplan.ops.int8 import Linear8bitLt, storage_bytes_int8
 from memplan.ops.linear import Linear
-from memplan.ops.lora import LoraLinear
+from memplan.ops.lora import BaseLinear, LoraEmbedding, LoraLinear
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 from memplan.ops.quantized import Linear4bit, storage_bytes_4bit
 from memplan.ops.tensor import EXTERNAL, Machine, Parameter, Shape, Storage, Tensor, round_block
 from memplan.train_config import TrainConfig
+
+
+MAGNITUDE = "lora_magnitude_vector.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Weight:
     stored: tuple[int, ...] = ()
     """Bytes of each tensor of a quantised weight; empty for a plain one."""
     loaded_dtype: DType | None = None
-    """dtype in which it is loaded, if it is cast afterwards."""
+    """dtype in which it is loaded, or an adapter made, if it is cast afterwards."""
     prepared_dtype: DType | None = None
     """dtype in which prepare_model_for_kbit_training leaves it, if the first forward casts it once more."""
     buffer: bool = False
@@ -84,16 +90,66 @@ class Builder:
             return False
         return adapts_module(self.spec.model_type, self.config.target_modules, name)
 
-    def parameter(self, name: str, shape: Shape, *, kind: str = "weights", dtype: DType | None = None) -> Parameter:
-        """A weight that is not quantised."""
+    def saves(self, module: str) -> bool:
+        """Whether PEFT trains a copy of the whole module (`modules_to_save`; utils/other.py `_set_trainable`)."""
+        return self.config.trains_adapters and any(module.endswith(m) for m in self.config.modules_to_save)
+
+    def parameter(
+        self,
+        name: str,
+        shape: Shape,
+        *,
+        kind: str = "weights",
+        dtype: DType | None = None,
+        loaded: DType | None = None,
+        of: str = "",
+    ) -> Parameter:
+        """A weight that is not quantised; `loaded` is the dtype it is made in, `of` its module's class."""
         trains = kind == "adapters" or self.config.method == "full"
         dtype = dtype or self.frozen_dtype
-        loaded = self.dtype if kind == "weights" and dtype is not self.dtype else None
-        self.weights.append(Weight(name, shape, dtype, trains, kind, loaded_dtype=loaded))
+        if kind == "weights" and dtype is not self.dtype:
+            loaded = self.dtype
+        self.weights.append(Weight(name, shape, dtype, trains, kind, loaded_dtype=loaded, of=of))
         made = Parameter(self.machine, name, shape, dtype, trains=trains)
         if trains:
             self.parameters.append(made)
         return made
+
+    def own(self, module: str, *leaves: tuple[str, Shape], of: str = "") -> list[Parameter]:
+        """The parameters (leaf and shape) of a module that may be trained whole: its copy's, if it has one."""
+        made = [self.parameter(f"{module}.{leaf}", shape, of=of) for leaf, shape in leaves]
+        return [self._copy(p, module, of) for p in made] if self.saves(module) else made
+
+    def _copy(self, original: Parameter, module: str, of: str = "") -> Parameter:
+        """PEFT casts adapters to fp32, these copies not; `adapter_dtype` then holds for all that trains."""
+        leaf, wanted = original.name.rpartition(".")[2], self.config.adapter_dtype
+        dtype = original.dtype if wanted == "fp32" else DType[wanted]
+        name = f"{module}.modules_to_save.{leaf}"
+        return self.parameter(name, original.shape, kind="adapters", dtype=dtype, loaded=original.dtype, of=of)
+
+    def embedding(
+        self, name: str, num_rows: int, width: int, embed_scale: Tensor | None = None
+    ) -> Embedding | LoraEmbedding | DoraEmbedding:
+        """nn.Embedding as the run has it; `embed_scale` multiplies its rows (Gemma)."""
+        (weight,) = self.own(name, ("weight", (num_rows, width)), of="Embedding")
+        base = Embedding(weight, embed_scale)
+        if self.config.target_modules == "all-linear" or not self.is_target(name) or self.saves(name):
+            return base
+        assert self.config.rank is not None
+        made = weight.dtype
+        down = self._adapter(f"{name}.lora_embedding_A", (self.config.rank, num_rows), made)
+        up = self._adapter(f"{name}.lora_embedding_B", (width, self.config.rank), made)
+        if self.config.use_dora:
+            return DoraEmbedding(base, down, up, self._adapter(f"{name}.{MAGNITUDE}", (width,), made))
+        return LoraEmbedding(base, down, up)
+
+    def tied_head(self, name: str, tied_to: str, width: int, vocab: int) -> Linear | LoraLinear | DoraLinear:
+        """An output head whose weight is that of the embedding `tied_to`."""
+        weight = self.tied(f"{tied_to}.weight", (vocab, width))
+        if self.saves(name):
+            return Linear(width, vocab, self._copy(weight, name))
+        base = Linear(width, vocab, weight)
+        return self._adapted(name, base, width, vocab) if self.is_target(name) else base
 
     def tied(self, name: str, shape: Shape) -> Parameter:
         """A weight once more (the token embedding as the output head): the same tensor, so not loaded again."""
@@ -115,23 +171,40 @@ class Builder:
         bias: bool = False,
         quantise: bool = True,
         transposed: bool = False,
-    ) -> Linear | Linear4bit | LoraLinear:
-        """nn.Linear, or transformers' Conv1D (`transposed`: weight [in, out]), as the run has it."""
-        base: Linear | Linear4bit
+    ) -> Linear | Linear4bit | Linear8bitLt | LoraLinear | DoraLinear:
+        """nn.Linear, or transformers' Conv1D (`transposed`: weight [in, out]), as the run has it.
+
+        Raises:
+            MemplanError: a quantised layer among `modules_to_save`.
+        """
+        base: BaseLinear
         if self.config.method == "qlora" and quantise:
-            stored = storage_bytes_4bit(in_features * out_features, double_quant=self.config.double_quant)
-            self.weights.append(
-                Weight(f"{name}.weight", (out_features, in_features), self.dtype, False, "weights", tuple(stored))
-            )
-            base = Linear4bit(in_features, out_features, self.config.double_quant, compute_dtype=self.compute_dtype)
-            base.bias = self._bias_4bit(name, out_features) if bias else None
+            base = self._quantised(name, in_features, out_features, bias)
         else:
             shape = (in_features, out_features) if transposed else (out_features, in_features)
-            weight = self.parameter(f"{name}.weight", shape)
-            base = Linear(in_features, out_features, weight, self._bias(name, out_features, bias))
-        if not self.is_target(name):
+            leaves = [("weight", shape), *([("bias", (out_features,))] if bias else [])]
+            base = Linear(in_features, out_features, *self.own(name, *leaves))
+        if not self.is_target(name) or self.saves(name):
             return base
         return self._adapted(name, base, in_features, out_features)
+
+    def _quantised(self, name: str, in_features: int, out_features: int, bias: bool) -> Linear4bit | Linear8bitLt:
+        if self.saves(name):
+            raise MemplanError(
+                f"`{name}` is quantised, so that it cannot be trained whole",
+                hints=["leave it out of `modules_to_save`, or use `method=lora`"],
+            )
+        config = self.config
+        if config.quant_type == "int8":
+            stored = storage_bytes_int8(out_features, in_features)
+        else:
+            stored = storage_bytes_4bit(in_features * out_features, double_quant=config.double_quant)
+        shape = out_features, in_features
+        self.weights.append(Weight(f"{name}.weight", shape, self.dtype, False, "weights", tuple(stored)))
+        if config.quant_type == "int8":
+            return Linear8bitLt(in_features, out_features, self.parameter(f"{name}.bias", (out_features,)) if bias else None)
+        kept = self._bias_4bit(name, out_features) if bias else None
+        return Linear4bit(in_features, out_features, config.double_quant, self.compute_dtype, kept)
 
     @property
     def compute_dtype(self) -> DType:
@@ -150,17 +223,25 @@ class Builder:
         )
         return Parameter(self.machine, f"{name}.bias", (width,), dtype, trains=False)
 
-    def _bias(self, name: str, width: int, wanted: bool) -> Parameter | None:
-        return self.parameter(f"{name}.bias", (width,)) if wanted else None
-
-    def _adapted(self, name: str, base: Linear | Linear4bit, in_features: int, out_features: int) -> LoraLinear:
-        rank, dtype = self.config.rank, DType[self.config.adapter_dtype]
+    def _adapted(
+        self, name: str, base: BaseLinear, in_features: int, out_features: int
+    ) -> LoraLinear | DoraLinear:
+        rank, dropout = self.config.rank, self.config.lora_dropout
         assert rank is not None
-        down = self.parameter(f"{name}.lora_A.weight", (rank, in_features), kind="adapters", dtype=dtype)
-        up = self.parameter(f"{name}.lora_B.weight", (out_features, rank), kind="adapters", dtype=dtype)
-        return LoraLinear(
-            base, Linear(in_features, rank, down), Linear(rank, out_features, up), self.config.lora_dropout
-        )
+        if isinstance(base, Linear):
+            made = base.weight.dtype
+        else:
+            made = base.compute_dtype if isinstance(base, Linear4bit) else DType.fp32
+        down = self._adapter(f"{name}.lora_A.weight", (rank, in_features), made)
+        up = self._adapter(f"{name}.lora_B.weight", (out_features, rank), made)
+        lora_a, lora_b = Linear(in_features, rank, down), Linear(rank, out_features, up)
+        if not self.config.use_dora:
+            return LoraLinear(base, lora_a, lora_b, dropout)
+        magnitude = self._adapter(f"{name}.{MAGNITUDE}", (out_features,), made)
+        return DoraLinear(base, lora_a, lora_b, magnitude, dropout)
+
+    def _adapter(self, name: str, shape: Shape, made: DType) -> Parameter:
+        return self.parameter(name, shape, kind="adapters", dtype=DType[self.config.adapter_dtype], loaded=made)
 
     def adapt(self, *parameters: BareParameter) -> None:
         """Puts adapters around those of a module's bare parameters that PEFT targets (tuners/lora/layer.py `ParamWrapper`).
@@ -186,14 +267,15 @@ class Builder:
             bare.lora_B = self.parameter(f"{weight.name}.lora_B.weight", up, kind="adapters", dtype=dtype)
 
     def rms_norm(self, name: str, width: int) -> RMSNorm:
-        return RMSNorm(self.parameter(f"{name}.weight", (width,)))
+        return RMSNorm(*self.own(name, ("weight", (width,))))
 
     def offset_rms_norm(self, name: str, width: int) -> OffsetRMSNorm:
-        return OffsetRMSNorm(self.parameter(f"{name}.weight", (width,)))
+        return OffsetRMSNorm(*self.own(name, ("weight", (width,))))
 
     def layer_norm(self, name: str, width: int, *, bias: bool = True, affine: bool = True) -> LayerNorm:
-        weight = self.parameter(f"{name}.weight", (width,)) if affine else None
-        return LayerNorm(weight, self.parameter(f"{name}.bias", (width,)) if affine and bias else None)
+        leaves = [("weight", (width,)), *([("bias", (width,))] if bias else [])] if affine else []
+        made = self.own(name, *leaves, of="LayerNorm")
+        return LayerNorm(*made, *[None] * (2 - len(made)))
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> Tensor:
         """A tensor that the model keeps on the device and that is no parameter."""

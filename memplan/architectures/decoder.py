@@ -15,7 +15,8 @@ from memplan.model_spec import ModelSpec
 from memplan.ops.activations import ACTIVATIONS
 from memplan.ops.attention import eager, sdpa, split_heads
 from memplan.ops.device import HOPPER, Device
-from memplan.ops.embedding import Embedding, embedding
+from memplan.ops.dora import DoraLinear
+from memplan.ops.int8 import Linear8bitLt
 from memplan.ops.linear import Linear
 from memplan.ops.lora import LoraLinear
 from memplan.ops.quantized import Linear4bit
@@ -23,7 +24,7 @@ from memplan.ops.rotary import apply_partial_rotary, apply_rotary
 from memplan.ops.tensor import Machine, Tensor
 from memplan.train_config import TrainConfig
 
-AnyLinear = Linear | Linear4bit | LoraLinear
+AnyLinear = Linear | Linear4bit | Linear8bitLt | LoraLinear | DoraLinear
 Layer = Callable[[Tensor], Tensor | tuple[Tensor, Tensor | None]]
 """Hidden states to hidden states; beside them what the layer returns and the model holds until the next one has
 returned (`outputs = block(...)`)."""
@@ -128,9 +129,8 @@ class Decoder:
         return self.config.trains_adapters and self.config.gradient_checkpointing
 
     def embed_tokens(self, build: Builder, width: int | None = None) -> Tensor:
-        shape = self.spec.vocab_size, width or self.spec.hidden_size
-        table = Embedding(build.parameter(f"{self.embedding_name}.weight", shape))
-        embeddings = embedding(table, self.batch)
+        embed = build.embedding(self.embedding_name, self.spec.vocab_size, width or self.spec.hidden_size)
+        embeddings = embed(self.batch)
         if self.leaf_embeddings:
             embeddings.requires_grad = True
         return embeddings
@@ -139,8 +139,7 @@ class Decoder:
         spec = self.spec
         if spec.tie_word_embeddings:
             width = spec.word_embed_proj_dim or spec.hidden_size
-            weight = build.tied(f"{self.embedding_name}.weight", (spec.vocab_size, width))
-            return Linear(width, spec.vocab_size, weight)
+            return build.tied_head("lm_head", self.embedding_name, width, spec.vocab_size)
         return build.linear(
             "lm_head", spec.hidden_size, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
         )

@@ -9,18 +9,15 @@ from __future__ import annotations
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Norm
 from memplan.architectures.llama import Llama
-from memplan.ops.embedding import Embedding, embedding
-from memplan.ops.pointwise import mul, to
 from memplan.ops.tensor import Tensor
 
 
 class Gemma(Llama):
     def embed(self, build: Builder) -> Tensor:
         """`GemmaTextScaledWordEmbedding`: rows of the table times a scalar on the device."""
-        shape = self.spec.vocab_size, self.spec.hidden_size
-        table = Embedding(build.parameter(f"{self.embedding_name}.weight", shape))
-        embed_scale = to(build.buffer(f"{self.embedding_name}.embed_scale", (), build.dtype), table.weight.dtype)
-        embeddings = mul(embedding(table, self.batch), embed_scale)
+        spec, name = self.spec, self.embedding_name
+        embed_scale = build.buffer(f"{name}.embed_scale", (), build.dtype)
+        embeddings = build.embedding(name, spec.vocab_size, spec.hidden_size, embed_scale)(self.batch)
         if self.leaf_embeddings:
             embeddings.requires_grad = True
         return embeddings

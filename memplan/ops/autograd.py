@@ -34,7 +34,9 @@ _FIRST = -(2**62)  # sequence number of an accumulator, negated: UINT64_MAX in t
 class Node:
     """One backward function: where its outputs go, what it saved, and the sizes it needs."""
 
-    __slots__ = ("backward", "buffer", "edges", "leaf", "likes", "machine", "meta", "missing", "needs", "order", "saved")
+    __slots__ = (
+        "backward", "buffer", "edges", "kept", "leaf", "likes", "machine", "meta", "missing", "needs", "order", "saved"
+    )  # fmt: skip
 
     def __init__(self, machine: Machine, backward: Backward, edges: list[tuple[Node, int] | None]) -> None:
         self.machine = machine
@@ -43,6 +45,8 @@ class Node:
         self.saved: tuple[Any, ...] = ()
         self.likes: list[tuple[Shape, DType]] = []
         self.meta: Any = None
+        self.kept: Tensor | None = None
+        """An attribute of the context that no hook sees: it lives as long as the node."""
         self.leaf: Tensor | None = None
         self.buffer: list[Tensor | None] | None = None
         self.missing = 0

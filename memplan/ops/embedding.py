@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memplan.ops.autograd import Grads, Node, record, result_of
-from memplan.ops.pointwise import GradList, incoming
+from memplan.ops.pointwise import GradList, incoming, mul, to
 from memplan.ops.tensor import Parameter, Tensor
 
 
 @dataclass(slots=True)
 class Embedding:
-    """nn.Embedding: weight [vocab, width]."""
+    """nn.Embedding: weight [vocab, width]; `embed_scale`, where there is one, is a scalar that multiplies the rows."""
 
     weight: Parameter
+    embed_scale: Tensor | None = None
+
+    def __call__(self, batch: tuple[int, ...]) -> Tensor:
+        return embedding(self, batch)
 
     def parameters(self) -> list[Parameter]:
         return [self.weight]
@@ -25,7 +29,8 @@ def embedding(table: Embedding, batch: tuple[int, ...], ids: Tensor | None = Non
     weight = table.weight
     m = weight.machine
     node = record(m, _embedding_backward, (weight,), () if ids is None else (ids,), meta=weight.shape)
-    return result_of(node, m, (*batch, weight.shape[1]), weight.dtype)
+    rows = result_of(node, m, (*batch, weight.shape[1]), weight.dtype)
+    return rows if table.embed_scale is None else mul(rows, to(table.embed_scale, weight.dtype))
 
 
 def _embedding_backward(node: Node, grads: GradList) -> Grads:

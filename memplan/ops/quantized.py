@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, record, result_of
 from memplan.ops.pointwise import GradList, incoming, to
-from memplan.ops.tensor import Parameter, Tensor, round_block
+from memplan.ops.tensor import EXTERNAL, Machine, Parameter, Storage, Tensor, round_block
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -94,6 +94,11 @@ class Linear4bit:
         if fused:
             return absmax, m.empty(blocks, DType.fp32), m.empty(shape, x.dtype)
         return absmax, m.empty(shape, x.dtype)
+
+    def dequantised(self, m: Machine) -> Tensor:
+        """`dequantize_4bit`: the weight in the dtype it was quantised from, here the compute dtype."""
+        like = Tensor(Storage(m, 0, slot=EXTERNAL), (), self.compute_dtype)
+        return self.dequantise(like, fused=False)[-1]
 
 
 def _backward_4bit(node: Node, grads: GradList) -> Grads:

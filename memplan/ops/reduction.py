@@ -36,10 +36,12 @@ def reduction_scratch(
     reduces_last: bool,
     out_dtype: DType | None = None,
     input_vec_size: int | None = None,
+    partial_bytes: int = 4,
 ) -> Scratch:
     """The buffers of a reduction of `num_reduced` values into each of `num_kept`, over a contiguous tensor.
 
-    `reduces_last` says that neighbours in memory are summed (dim=-1, or all of the tensor), and not rows.
+    `reduces_last` says that neighbours in memory are summed (dim=-1, or all of the tensor), and not rows;
+    `partial_bytes` is the size of a partial result (1 for `any`).
     """
     if not device.is_cuda:
         return Scratch(0, ())
@@ -49,7 +51,8 @@ def reduction_scratch(
     # gpu_reduce_kernel: a half result cannot take the partial sums of a tensor that is reduced in parts
     apart = len(parts) > 1 and dtype.is_half and out_dtype is dtype
     passes = [_pass(reduced, kept, vec, device, reduces_last) for reduced, kept in parts]
-    return Scratch(num_kept * 4 if apart else 0, tuple([p for p in passes if p is not None]))
+    found = [(buffer * partial_bytes, semaphores) for buffer, semaphores in filter(None, passes)]
+    return Scratch(num_kept * partial_bytes if apart else 0, tuple(found))
 
 
 def use_scratch(machine: Machine, scratch: Scratch) -> None:
@@ -84,7 +87,7 @@ def _parts(num_reduced: int, num_kept: int, itemsize: int, reduces_last: bool) -
 def _pass(
     num_inputs: int, num_outputs: int, input_vec_size: int, device: Device, reduces_last: bool
 ) -> tuple[int, int] | None:
-    """`setReduceConfig` for one 32-bit part: bytes of the buffer and of the semaphores, None if it needs neither."""
+    """`setReduceConfig` for one 32-bit part: partial results in the buffer and bytes of the semaphores, or None."""
     output_vec = 1
     if reduces_last:
         width_bound, height_bound = num_inputs, num_outputs
@@ -109,7 +112,7 @@ def _pass(
     )
     if blocks <= 1:
         return None
-    buffer = 4 * num_outputs * blocks
+    buffer = num_outputs * blocks
     return (buffer if reduces_last else buffer * width * output_vec), 4 * grid
 
 
