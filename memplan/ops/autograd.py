@@ -218,6 +218,7 @@ def _reduced(gradient: Tensor, shape: Shape) -> Tensor:
     """The sum of `gradient` down to `shape`, with the staging buffer that a sum over many rows takes."""
     m = gradient.machine
     out = m.empty(shape, gradient.dtype)
+    out.is_reshaped = len(shape) < len(gradient.shape)  # at::sum_to drops leading dimensions by a view
     if m.device.is_cuda and prod(shape) == shape[-1]:
         rows = gradient.numel // shape[-1]
         use_scratch(m, reduction_scratch(rows, shape[-1], gradient.dtype, m.device, reduces_last=False))
