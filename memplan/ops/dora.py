@@ -59,7 +59,9 @@ class DoraLinear:
         lora_weight = to(lora_weight, x.dtype)
         weight = self._weight(x)
         weight = to(weight, x.dtype)
-        weight_norm = norm_of_sum(weight, lora_weight.detach(), num_rows=self.lora_B.out_features, rows_last=False)
+        # lora_weight.T, laid out as the weight
+        delta = lora_weight.detach().view(*weight.shape)
+        weight_norm = norm_of_sum(weight, delta, num_rows=self.lora_B.out_features, rows_last=False)
         scale = divide(self.magnitude, weight_norm)
         lora_result = self.lora_B(self.lora_A(x))
         if base_result is None:
