@@ -6,6 +6,7 @@ from memplan.architectures.decoder import Decoder
 from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
 from memplan.architectures.gpt2 import GPT2
+from memplan.architectures.gpt_neox import GPTNeoX
 from memplan.architectures.gpt_oss import GptOss
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
@@ -17,6 +18,7 @@ from memplan.train_config import TrainConfig
 
 FAMILIES: dict[str, type[Decoder]] = {
     "gpt2": GPT2,
+    "gpt_neox": GPTNeoX,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,

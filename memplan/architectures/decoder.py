@@ -37,6 +37,7 @@ class Decoder:
 
     layer_prefix = "model.layers"
     embedding_name = "model.embed_tokens"
+    rotary_name = "model.rotary_emb"
     softmax_in_fp32 = True
     """Eager attention's softmax runs in fp32 whatever the dtype of the scores."""
     supports_sdpa = True
@@ -95,8 +96,8 @@ class Decoder:
         """Tensors on the device that are no parameters: rotary frequencies and the copy kept of them."""
         width = self.rotary_dim()
         if width is not None:
-            build.buffer("model.rotary_emb.inv_freq", (width // 2,), DType.fp32)
-            build.buffer("model.rotary_emb.original_inv_freq", (width // 2,), DType.fp32)
+            build.buffer(f"{self.rotary_name}.inv_freq", (width // 2,), DType.fp32)
+            build.buffer(f"{self.rotary_name}.original_inv_freq", (width // 2,), DType.fp32)
 
     def rotary_dim(self) -> int | None:
         """Width of the rotary tables; None for a model without."""

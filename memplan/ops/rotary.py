@@ -32,3 +32,15 @@ def apply_partial_rotary(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -
     """Only the first `rotary_dim` of the head rotate; the rest is passed on and concatenated."""
     rotated, passed = slice_last(x, rotary_dim), slice_last(x, x.shape[-1] - rotary_dim)
     return cat_last([rotate(rotated, cos, sin), passed])
+
+
+def apply_partial_rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k are both rotated before either is put together again (models/gpt_neox `apply_rotary_pos_emb`)."""
+    width = cos.shape[-1]
+    q_rot, q_pass = slice_last(q, width), slice_last(q, q.shape[-1] - width)
+    k_rot, k_pass = slice_last(k, width), slice_last(k, k.shape[-1] - width)
+    q_embed = rotate(q_rot, cos, sin)
+    k_embed = rotate(k_rot, cos, sin)
+    q_embed = cat_last([q_embed, q_pass])
+    k_embed = cat_last([k_embed, k_pass])
+    return q_embed, k_embed
