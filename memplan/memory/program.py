@@ -228,6 +228,9 @@ class Composer:
         if released == "clip":
             program.play(released, step, h, [(head.segment.out_slot, 0)])
         program.play(released, step, e, embedding.after_loss)
+        for f, layer in zip(frames, layers, strict=True):
+            if layer.after_loss:
+                program.play(released, step, f, layer.after_loss)
         self.loop.end_micro_step(step, h, head.segment.out_slot)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]

@@ -114,8 +114,10 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
         run_backward(y, [recorder.port_dy(y)])
     dx = collector.meta if collector is not None else None
     tapes = forward, after, m.new_tape()
+    y.node = None  # the graph goes, and what contexts of autograd functions kept
+    after_loss = m.new_tape()
     segment = finish(kind, recorder, build, tapes, out=y, dx=dx, keeps_shared=keeps_shared)
-    segment.after_next = after_next
+    segment.after_next, segment.after_loss = after_next, after_loss
     if dies_with_model:
         segment.x_dies = "model"
     return segment
