@@ -20,7 +20,11 @@ from memplan.errors import MemplanError
 
 COMMANDS = {
     "estimate": "What a run takes: the peak, when it is, what is alive there, in three tiers.",
+    "fit": "Whether a run fits on a GPU, and what to change if it does not.",
     "compare": "Full fine-tuning, LoRA and QLoRA side by side.",
+    "cost": "How long a run takes on one GPU, and what it costs.",
+    "plan": "The cheapest, the fastest and the best ways to train on so many tokens.",
+    "validate": "Measured runs against their predictions: no GPU needed.",
     "models": "The models that are bundled, and what memplan knows of one.",
     "gpus": "The GPUs that are known, as their drivers report them.",
 }
@@ -36,8 +40,8 @@ EPILOG = """Examples:
 """
 
 
-def build(named: str | None) -> typer.Typer:
-    """The application with the command `named` in full and the others by name; with None all in full."""
+def build(named: str) -> typer.Typer:
+    """The application with the command `named` in full and the others by name."""
     app = typer.Typer(
         add_completion=True,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,7 +50,7 @@ def build(named: str | None) -> typer.Typer:
     )
     app.callback(epilog=EPILOG)(_memplan)
     for name, summary in COMMANDS.items():
-        if named in (name, None):
+        if name == named:
             import_module(f"memplan.cli.{name}").register(app, summary)
         else:
             app.command(name, help=summary)(_not_named)
@@ -84,12 +88,9 @@ def run(arguments: Sequence[str]) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")  # a terminal of another encoding gets `?` for a bar, not a crash
-    named = next((word for word in arguments if not word.startswith("-")), "")
-    completing = "_MEMPLAN_COMPLETE" in os.environ
+    named = next((word for word in _words(arguments) if not word.startswith("-")), "")
     try:
-        status = build(None if completing else named)(
-            args=list(arguments) or ["--help"], prog_name="memplan", standalone_mode=False
-        )
+        status = build(named)(args=list(arguments) or ["--help"], prog_name="memplan", standalone_mode=False)
         # No command at all: help, and the status of a usage error.
         return 2 if not arguments else status if isinstance(status, int) else 0
     except MemplanError as error:
@@ -105,6 +106,13 @@ def run(arguments: Sequence[str]) -> int:
         hints = ["please report it with the command that was run", "`MEMPLAN_DEBUG=1` shows where"]
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         return _complain(f"a bug in memplan: {what}", hints, status=101)
+
+
+def _words(arguments: Sequence[str]) -> Sequence[str]:
+    """The words of the command line, while a shell asks for completion too (bash; zsh and fish)."""
+    if "_MEMPLAN_COMPLETE" not in os.environ:
+        return arguments
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()[1:]
 
 
 def _usage(error: typer.TyperException) -> tuple[str, list[str]]:

@@ -69,7 +69,7 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     yield ""
     rows = [("", *(bold(_HEADS[c.estimate.config.method]) for c in table))]
     rows += [(label, *(write(column) for column in table)) for label, write in _rows(comparison.num_variants)]
-    yield from columns(rows, "lrrr", gap=4)
+    yield from columns(rows, "lrrr", gap=3)
     yield ""
     yield heading("fits", "process within what the driver reports, nothing else on the card")
     fits = [

@@ -27,6 +27,7 @@ EPILOG = """Examples:
 STACKS = {"torch": "a plain PyTorch loop", "trainer": "transformers' Trainer", "trl": "TRL's SFTTrainer"}
 _LABELS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 _WIDTH_OF_BAR = 36
+_SPACE = "\u00a0"  # textwrap does not break at it
 
 Explain = Annotated[
     bool,
@@ -80,7 +81,7 @@ def estimate_lines(result: Estimate) -> Iterator[str]:
     yield title(result)
     yield from count_lines(result)
     yield ""
-    yield heading("run", "* not given")
+    yield heading("run", "* not given: as the stack sets it")
     yield from run_lines(result.config)
     yield ""
     yield heading(f"alive at the peak ({result.peak_phase})", "GiB")
@@ -95,22 +96,22 @@ def estimate_lines(result: Estimate) -> Iterator[str]:
         yield from paragraph(warning, first="warning: ")
 
 
-def run_lines(config: TrainConfig) -> list[str]:
-    """Every assumption of the run by the name of its option, two a line; a star where the user said nothing."""
+def run_lines(config: TrainConfig) -> Iterator[str]:
+    """Every assumption of the run by its option, in the panels of the help; a star where the user said nothing."""
     unused = {
         *(_ADAPTER_FIELDS if config.method == "full" else ()),
         *(_QUANT_FIELDS if config.method != "qlora" else ()),
     }
     unused |= {"reentrant"} if not config.gradient_checkpointing else set()
     unused |= {"double_quant"} if config.quant_type == "int8" else set()
-    cells = []
-    for name in type(config).model_fields:
-        if name not in unused:
-            star = "" if name in config.model_fields_set else " *"
-            cells.append((name.replace("_", "-"), _value(getattr(config, name)) + star))
-    half = -(-len(cells) // 2)
-    rows = [(*left, *(right or ("", ""))) for left, right in zip(cells[:half], [*cells[half:], None], strict=False)]
-    return columns(rows, "llll")
+    for panel, names in options.fields_by_panel().items():
+        said = [f"{name.replace('_', '-')}{_SPACE}{_stated(config, name)}" for name in names if name not in unused]
+        for line in paragraph(f"{_SPACE}· ".join(said), first=f"  {panel.lower():13}  "):
+            yield line.replace(_SPACE, " ")
+
+
+def _stated(config: TrainConfig, name: str) -> str:
+    return _value(getattr(config, name)) + ("" if name in config.model_fields_set else "*")
 
 
 def _value(value: object) -> str:

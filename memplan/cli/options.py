@@ -163,6 +163,15 @@ RUN_OPTIONS: dict[str, Any] = dict(
 _LISTS = ("modules_to_save",)
 
 
+def fields_by_panel() -> dict[str, list[str]]:
+    """The fields of TrainConfig under the panels of the help."""
+    panels: dict[str, list[str]] = {}
+    for name, annotation in RUN_OPTIONS.items():
+        if not name.startswith("no_"):
+            panels.setdefault(annotation.__metadata__[0].rich_help_panel, []).append(name)
+    return panels
+
+
 def takes_run(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Puts the options of a run (but those of `without`) in the place of the parameter `run`."""
     added = {
