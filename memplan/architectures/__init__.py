@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.architectures.decoder import Decoder
+from memplan.architectures.deepseek import DeepseekV2, DeepseekV3
 from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
 from memplan.architectures.gpt2 import GPT2
@@ -26,6 +27,8 @@ FAMILIES: dict[str, type[Decoder]] = {
     "qwen2_moe": Qwen2Moe,
     "olmoe": Olmoe,
     "gpt_oss": GptOss,
+    "deepseek_v2": DeepseekV2,
+    "deepseek_v3": DeepseekV3,
     "qwen2": Llama,
     "qwen3": Llama,
     "gemma": Gemma,

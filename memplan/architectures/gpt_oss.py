@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Layer, Norm
 from memplan.architectures.moe import Moe
-from memplan.architectures.shared import Shared, causal_mask
+from memplan.architectures.shared import Shared, causal_mask, positions
 from memplan.dtypes import DType
 from memplan.ops.clamp import clamp
 from memplan.ops.linear import linear
@@ -128,12 +128,10 @@ class GptOss(Moe):
             down_bias,
         )
 
-    def make_shared(self, machine: Machine, dtype: DType) -> Shared:
+    def make_shared(self, machine: Machine, dtype: DType, position_ids: Tensor | None = None) -> Shared:
         """Both masks always; rotary tables of half the head."""
         tokens, shared = self.config.seq_len, Shared()
-        counted = machine.empty((tokens,), DType.int64)
-        shared.position_ids = machine.empty((1, tokens), DType.int64)
-        del counted
+        shared.position_ids = positions(machine, tokens)
         shared.mask = causal_mask(self, machine, dtype, window=None, detects_packing=False)
         window = self.spec.sliding_window
         shared.sliding_mask = causal_mask(self, machine, dtype, window=window, detects_packing=False)
