@@ -1,0 +1,130 @@
+"""`memplan validate`: replay measured runs and print how far off the predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memplan.cli import options
+from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph
+from memplan.units import MIB
+
+if TYPE_CHECKING:
+    from memplan.calibration.compare import Summary
+    from memplan.validation import Validation
+
+EPILOG = """Examples:
+
+  memplan validate
+
+  memplan validate --by family --worst 20
+
+  memplan validate my-gpu.jsonl --plot predicted-vs-measured.png
+"""
+
+KEYS = ("file", "method", "stack", "family")
+Files = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Record files that `memplan calibrate` wrote; those shipped with memplan unless given."),
+]
+By = Annotated[
+    str,
+    typer.Option(metavar="KEY", help="Group by " + ", ".join(KEYS) + ".", rich_help_panel=options.OUTPUT),
+]
+Worst = Annotated[
+    int, typer.Option(metavar="N", min=0, help="List the N worst rows of each tier.", rich_help_panel=options.OUTPUT)
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Draw predicted against measured (png, svg, pdf).", rich_help_panel=options.OUTPUT
+    ),
+]
+
+
+def register(app: typer.Typer, summary: str) -> None:
+    app.command("validate", short_help=summary, epilog=EPILOG)(validate)
+
+
+def validate(
+    files: Files = None,
+    by: By = "method",
+    worst: Worst = 3,
+    plot: Plot = None,
+    as_json: options.Json = False,
+) -> None:
+    """Replays measured training steps: what memplan predicts for each, and how far off it is.
+
+    No GPU and no torch: this is how anybody checks our figures in seconds.
+    """
+    from memplan.cli.progress import counted
+    from memplan.errors import UnknownNameError
+    from memplan.validation import validate as validate_files
+
+    if by not in KEYS:
+        raise UnknownNameError("key", by, KEYS)
+    with counted("replaying") as progress:
+        validation = validate_files(files or (), progress=progress)
+    if plot is not None:
+        from memplan.plot import predicted_against_measured, save
+
+        save(predicted_against_measured(validation), plot)
+        emit(f"wrote {plot}", err=True)
+    if as_json:
+        from memplan.report_validation import ValidationDocument
+
+        emit(ValidationDocument.of(validation).model_dump_json(indent=2))
+        return
+    emit(join(validation_lines(validation, by, worst)))
+
+
+def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[str]:
+    comparison = validation.comparison
+    yield bold(f"{len(validation.runs)} measured runs against their predictions")
+    yield f"peak in the phase predicted: {validation.share_of_right_phases:.1%}"
+    yield ""
+    yield heading("error", "share of the measured bytes; low: under by more than 0.5 %")
+    yield from columns([_HEAD, *[_cells(s.tier, s) for s in comparison.summaries.values()]], "lrrrrrr")
+    for tier in comparison.summaries:
+        groups = {name: summaries[tier] for name, summaries in _groups(validation, by).items() if tier in summaries}
+        if len(groups) > 1:
+            yield ""
+            yield heading(f"{tier}, by {by}")
+            yield from columns([_HEAD, *[_cells(name, summary) for name, summary in groups.items()]], "lrrrrrr")
+    if worst:
+        yield ""
+        yield heading(f"the {worst} worst of each tier")
+        rows = []
+        for tier in comparison.summaries:
+            for row in validation.worst(tier, worst):
+                off = (row.predicted_bytes - row.measured_bytes) / MIB
+                rows.append((tier, row.case_id, f"{row.error:+.2%}", f"{off:+,.1f} MiB"))
+        yield from columns(rows, "llrr")
+    if comparison.verdicts:
+        false_fits = sum(v.is_false_fit for v in comparison.verdicts)
+        yield ""
+        yield f"{len(comparison.verdicts)} verdicts under a memory limit, {false_fits} false fits"
+    for unpredicted in comparison.unpredicted:
+        yield from (dim(line) for line in paragraph(f"not predicted: {unpredicted.case_id}: {unpredicted.reason}"))
+
+
+_HEAD = tuple(dim(word) for word in ("", "runs", "mean", "median", "worst", "bias", "low"))
+
+
+def _groups(validation: Validation, by: str) -> dict[str, dict[str, Summary]]:
+    return validation.by(lambda run: str(getattr(run, by)))
+
+
+def _cells(name: str, summary: Summary) -> tuple[str, ...]:
+    return (
+        name,
+        str(summary.num_runs),
+        f"{summary.mean:.3%}",
+        f"{summary.median:.3%}",
+        f"{summary.worst:+.2%}",
+        f"{summary.bias:+.3%}",
+        str(summary.num_dangerous),
+    )

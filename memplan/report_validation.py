@@ -1,0 +1,90 @@
+"""What `memplan validate --json` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from memplan.report import Report, Row
+
+if TYPE_CHECKING:
+    from memplan.calibration.compare import Summary
+    from memplan.validation import Run, Validation
+
+
+class SummaryReport(Row):
+    """Errors of one tier, as shares of the measured bytes; `mean` and `median` of the absolute error."""
+
+    num_runs: int
+    mean: float
+    median: float
+    worst: float
+    worst_case_id: str
+    bias: float
+    num_dangerous: int
+
+    @classmethod
+    def of(cls, summary: Summary) -> Self:
+        return cls(**{name: getattr(summary, name) for name in cls.model_fields})
+
+
+class RunRow(Row):
+    """One measured run beside its prediction."""
+
+    file: str
+    case_id: str
+    family: str
+    method: str
+    stack: str
+    measured_peak_phase: str | None
+    predicted_peak_phase: str
+    measured: dict[str, int]
+    predicted: dict[str, int]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        return cls(
+            file=run.file,
+            case_id=run.record.case.id,
+            family=run.family,
+            method=run.method,
+            stack=run.stack,
+            measured_peak_phase=run.record.peak_phase,
+            predicted_peak_phase=run.estimate.peak_phase,
+            measured={f"{row.tier}_bytes": row.measured_bytes for row in run.rows},
+            predicted={f"{row.tier}_bytes": row.predicted_bytes for row in run.rows},
+        )
+
+
+class ValidationDocument(Report):
+    """`memplan validate --json`."""
+
+    command: Literal["validate"] = "validate"
+    num_runs: int
+    share_of_right_phases: float
+    summaries: dict[str, SummaryReport]
+    by_method: dict[str, dict[str, SummaryReport]]
+    by_family: dict[str, dict[str, SummaryReport]]
+    by_stack: dict[str, dict[str, SummaryReport]]
+    runs: list[RunRow]
+    unpredicted: list[dict[str, str]]
+
+    @classmethod
+    def of(cls, validation: Validation) -> Self:
+        comparison = validation.comparison
+
+        def grouped(key: str) -> Any:
+            groups = validation.by(lambda run: str(getattr(run, key)))
+            return {
+                name: {tier: SummaryReport.of(s) for tier, s in tiers.items()} for name, tiers in groups.items()
+            }
+
+        return cls(
+            num_runs=len(validation.runs),
+            share_of_right_phases=validation.share_of_right_phases,
+            summaries={tier: SummaryReport.of(s) for tier, s in comparison.summaries.items()},
+            by_method=grouped("method"),
+            by_family=grouped("family"),
+            by_stack=grouped("stack"),
+            runs=[RunRow.of(run) for run in validation.runs],
+            unpredicted=[{"case_id": u.case_id, "reason": u.reason} for u in comparison.unpredicted],
+        )
