@@ -112,17 +112,21 @@ def causal_mask(
     """
     (batch, tokens), padding = decoder.batch, decoder.config.padding
     eager = decoder.attention_implementation == "eager"
-    if padding:
+    given = padding or decoder.config.stack == "trl"  # SFTTrainer's collator always makes an attention_mask
+    if given:
         padding_mask = m.empty((batch, tokens), DType.bool8)
     elif detects_packing:
         _find_packed_sequences(m, batch, tokens)
-    if not eager and not padding and (window is None or window > tokens):
-        return None
+    if not eager and (window is None or window > tokens):
+        if given:
+            _all_true(m, batch, tokens)
+        if not padding:
+            return None
     ranges = [m.empty((count,), DType.int64) for count in (batch, 1)]
     ranges += [_shifted_range(m, tokens), _shifted_range(m, tokens)]
     square = (1, 1, tokens, tokens)
     mask = _positions_mask(m, square, window)
-    if padding:  # and_masks: each condition is a tensor of its own, and each conjunction another one
+    if given:  # and_masks: each condition is a tensor of its own, and each conjunction another one
         both = m.empty(square, DType.bool8)
         mask = both
         del both
@@ -134,6 +138,14 @@ def causal_mask(
     ranges.clear()
     # `expand` gives an unpadded mask the batch dimension without a copy
     return m.empty((batch, 1, tokens, tokens), dtype) if eager else mask.view(batch, 1, tokens, tokens)
+
+
+def _all_true(m: Machine, batch: int, tokens: int) -> None:
+    """`fast_all`: mask.sum() == mask.numel()"""
+    total = m.empty((), DType.int64)
+    m.empty((batch, tokens), DType.int64)  # a sum of booleans runs on an int64 copy
+    equal = m.empty((), DType.bool8)
+    del total, equal
 
 
 def _positions_mask(m: Machine, square: Shape, window: int | None) -> Tensor:

@@ -11,6 +11,7 @@ from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
 from memplan.ops.autocast import LOW
 from memplan.ops.autograd import expect, run_backward
 from memplan.ops.checkpoint import checkpoint, checkpoint_reentrant
+from memplan.ops.loss_liger import builds_logits
 from memplan.ops.tensor import EXTERNAL, Shape
 
 
@@ -71,8 +72,10 @@ def _expect_tied(decoder: Decoder, recorder: Recorder, build: Builder) -> None:
     for table in build.parameters:
         if table.name == decoder.tied_name:
             gradient = recorder.port_tied(table)
-            # Autocast's cast back to the weight's dtype is a tensor of its own; otherwise it comes through `weight.t()`.
-            gradient.is_reshaped = not (decoder.config.autocast and table.dtype is not LOW)
+            # Autocast's cast back to the weight's dtype is a tensor of its own, and so is what a fused loss makes;
+            # otherwise it comes through `weight.t()`.
+            cast = decoder.config.autocast and table.dtype is not LOW
+            gradient.is_reshaped = not cast and builds_logits(decoder.config.loss, decoder.spec.model_type)
             expect(table, [gradient])
             del gradient
 

@@ -19,7 +19,7 @@ from memplan.ops.autograd import run_backward
 from memplan.ops.linear import Linear
 from memplan.ops.loss import causal_lm_loss, div, scale_in_place, total
 from memplan.ops.loss_chunked import FusedOutput, fused_lm_head
-from memplan.ops.loss_liger import MODEL_TYPES, liger_causal_lm_loss
+from memplan.ops.loss_liger import builds_logits, liger_causal_lm_loss
 from memplan.ops.masking import count_true
 from memplan.ops.pointwise import mul_number, neg, to
 from memplan.ops.tensor import Machine, Tape, Tensor
@@ -109,7 +109,7 @@ def _model_outputs(decoder: Decoder, lm_head: object, hidden_states: Tensor) -> 
             hidden_states, weight, bias, num_labels=batch * (tokens - 1), with_metrics=config.stack == "trl"
         )
         return _Outputs(fused.loss, fused=fused)
-    if config.loss == "liger" and spec.model_type in MODEL_TYPES:
+    if not builds_logits(config.loss, spec.model_type):
         return _Outputs(liger_causal_lm_loss(hidden_states, _weight_of(lm_head)[0], num_items_in_batch=counted))
     assert callable(lm_head)
     logits = decoder.after_head(lm_head(hidden_states))

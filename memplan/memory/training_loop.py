@@ -87,9 +87,13 @@ class TrainingLoop:
         phase = "clip" if self.config.max_grad_norm else "backward"
         if self._norm is not None:
             program.play("backward", step, self._norm[0], [(self._norm[1], 0)])
-        program.play(phase, step, program.frame_for(tape, "temporaries"), tape)
-        if self.is_trainer:
-            self._norm = self._play_new(phase, step, [(0, BLOCK_BYTES)], "temporaries"), 0
+        kept: int | None = None
+        if self.is_trainer and tape:
+            kept, size = tape[-1]  # the total norm dies last
+            assert size == 0
+            tape = tape[:-1]
+        frame = self._play_new(phase, step, tape, "temporaries")
+        self._norm = None if kept is None else (frame, kept)
 
     def _play_new(self, phase: str, step: int, tape: Tape, kind: str) -> int:
         frame = self.program.frame_for(tape, kind)

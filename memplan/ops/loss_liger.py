@@ -39,6 +39,11 @@ MODEL_TYPES = frozenset(
 that table, but refuses this loss)."""
 
 
+def builds_logits(loss: str, model_type: str) -> bool:
+    """Whether the model computes all its logits; Liger leaves the forward of other model types as it is."""
+    return loss == "full" or (loss == "liger" and model_type not in MODEL_TYPES)
+
+
 def chunk_tokens(num_tokens: int, hidden_size: int, vocab_size: int) -> int:
     """Tokens of one chunk."""
     wanted = -(-num_tokens // -(-vocab_size // hidden_size))
