@@ -22,7 +22,7 @@ from memplan.ops.loss_chunked import FusedOutput, fused_lm_head
 from memplan.ops.loss_liger import builds_logits, liger_causal_lm_loss
 from memplan.ops.masking import count_true
 from memplan.ops.pointwise import mul_number, neg, to
-from memplan.ops.tensor import Machine, Tape, Tensor
+from memplan.ops.tensor import Tape, Tensor
 
 
 @dataclass
