@@ -241,7 +241,11 @@ class Builder:
         return DoraLinear(base, lora_a, lora_b, magnitude, dropout)
 
     def _adapter(self, name: str, shape: Shape, made: DType) -> Parameter:
-        return self.parameter(name, shape, kind="adapters", dtype=DType[self.config.adapter_dtype], loaded=made)
+        """TRL 1.16 leaves DoRA's magnitudes in fp32 where it casts a quantised model's adapters (sft_trainer.py)."""
+        config = self.config
+        stays = name.endswith(MAGNITUDE) and config.stack == "trl" and config.method == "qlora"
+        dtype = DType.fp32 if stays else DType[config.adapter_dtype]
+        return self.parameter(name, shape, kind="adapters", dtype=dtype, loaded=made)
 
     def adapt(self, *parameters: BareParameter) -> None:
         """Puts adapters around those of a module's bare parameters that PEFT targets (tuners/lora/layer.py `ParamWrapper`).

@@ -41,10 +41,10 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
         if SAVED in w.name:
             dtypes[w.name] = w.loaded_dtype or w.dtype
             slots[w.name] = loading.allocate(tape, w.numel * dtypes[w.name].itemsize, w.kind)
-    for wanted in (DType.fp32, DType[config.adapter_dtype]):
+    for last in (False, True):
         for w in trained:
-            stays = wanted is DType.fp32 and (SAVED in w.name or config.adapter_dtype == "fp32" and not dtypes[w.name].is_half)
-            if stays or dtypes[w.name] is wanted:
+            wanted = w.dtype if last or SAVED in w.name else DType.fp32
+            if dtypes[w.name] is wanted or SAVED in w.name and not last:
                 continue
             fresh = loading.allocate(tape, w.numel * wanted.itemsize, w.kind)
             loading.free(tape, slots[w.name])
