@@ -154,8 +154,8 @@ class RouterV2:
             groups, kept = spec.n_group or 1, spec.topk_group or 1
             group_scores, _ = topk(scores.view(scores.shape[0], groups, -(-scores.shape[1] // groups)), 1)  # max
             del _
-            allowed = _score_mask(group_scores, kept, scores.shape)
-            scores = masked_fill(scores, allowed[-1])
+            masks = _score_mask(group_scores, kept, scores.shape)
+            scores = masked_fill(scores, _others(masks[-1]))
             topk_weights, topk_indices = topk(scores, spec.num_experts_per_tok)
         topk_weights = mul_number(topk_weights)
         return router_logits, topk_weights, topk_indices
@@ -178,7 +178,7 @@ class RouterV3(RouterV2):
         group_scores = sum_last(best)
         del best
         masks = _score_mask(group_scores, kept, scores.shape)
-        scores_for_choice = masked_fill(scores_for_choice, masks[-1])
+        scores_for_choice = masked_fill(scores_for_choice, _others(masks[-1]))
         topk_indices = topk(scores_for_choice, spec.num_experts_per_tok)[1]
         topk_weights = gather_last(scores, topk_indices)
         if spec.norm_topk_prob:
@@ -188,17 +188,22 @@ class RouterV3(RouterV2):
         return router_logits, topk_weights, topk_indices
 
 
-def _score_mask(group_scores: Tensor, num_kept: int, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Indices of the kept groups, their mask, that mask by expert, and what is filled: the experts of the others."""
+def _score_mask(group_scores: Tensor, num_kept: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the kept groups, their mask, and that mask by expert."""
     m = group_scores.machine
     scores = group_scores.view(*group_scores.shape[:2])
     group_idx = topk(scores, num_kept)[1]
     group_mask = m.empty(scores.shape, scores.dtype)
     score_mask = m.empty(shape, scores.dtype)
-    kept = m.empty(shape, DType.bool8)
-    others = m.empty(shape, DType.bool8)
+    return group_idx, group_mask, score_mask
+
+
+def _others(score_mask: Tensor) -> Tensor:
+    """~score_mask.bool()"""
+    kept = score_mask.machine.empty(score_mask.shape, DType.bool8)
+    others = score_mask.machine.empty(score_mask.shape, DType.bool8)
     del kept
-    return group_idx, group_mask, score_mask, others
+    return others
 
 
 def complex_rotary_table(m: Machine, tokens: int, width: int) -> Tensor:

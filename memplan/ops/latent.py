@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, attach, record, result_of
-from memplan.ops.pointwise import GradList, add, cat_last, incoming, mul, slice_last, to
+from memplan.ops.pointwise import GradList, add, cat_last, incoming, mul, same_size_backward, slice_last, to
 from memplan.ops.sink_attention import subtract
 from memplan.ops.tensor import Tensor
 
@@ -17,7 +17,7 @@ def rotate_complex(q: Tensor, k: Tensor, frequencies: Tensor) -> tuple[Tensor, T
     """deepseek_v2 `apply_rotary_emb`: pairs of fp32 seen as complex numbers, times the frequencies [1, 1, S, R]."""
     q_pairs = to(q, DType.fp32)
     k_pairs = to(k, DType.fp32)
-    q_out = to(_multiply_complex(q_pairs, frequencies), q.dtype)
+    q_out = to(_as_real(_multiply_complex(q_pairs, frequencies), copies=q.dtype is DType.fp32), q.dtype)
     k_out = to(_multiply_complex(k_pairs, frequencies), k.dtype)
     return q_out, k_out
 
@@ -35,6 +35,14 @@ def _multiply_complex_backward(node: Node, grads: GradList) -> Grads:
     out = m.empty(grad.shape, grad.dtype)
     del conjugate, frequencies
     return (out,)
+
+
+def _as_real(x: Tensor, *, copies: bool) -> Tensor:
+    """torch.view_as_real: backward makes the gradient contiguous, which a cast after it would have done already."""
+    if not copies:
+        return x
+    node = record(x.machine, same_size_backward, (x,))
+    return attach(node, Tensor(x.storage, x.shape, x.dtype))
 
 
 def rotate_interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
