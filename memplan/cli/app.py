@@ -22,6 +22,7 @@ COMMANDS = {
     "estimate": "What a run takes: the peak, when it is, what is alive there, in three tiers.",
     "fit": "Whether a run fits on a GPU, and what to change if it does not.",
     "compare": "Full fine-tuning, LoRA and QLoRA side by side.",
+    "plot": "Memory against rank or other knobs, or over one step, as a picture.",
     "cost": "How long a run takes on one GPU, and what it costs.",
     "plan": "The cheapest, the fastest and the best ways to train on so many tokens.",
     "validate": "Measured runs against their predictions: no GPU needed.",

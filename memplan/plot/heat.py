@@ -53,7 +53,7 @@ def heat_map(
     ax.set_xlabel(x_knob.replace("_", " "))
     ax.set_ylabel(y_knob.replace("_", " "))
     ax.set_title(run_title(swept.points[-1].estimate, without=(x_knob, y_knob)), fontsize=9)
-    figure.colorbar(image, ax=ax, label=f"GiB {tier} at the peak")
+    figure.colorbar(image, ax=ax, label=f"{tier} memory at the peak, GiB")
     if capacities:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False, fontsize=8)
     return figure

@@ -54,9 +54,10 @@ def over(
     swept = sweep(model, {"method": tuple(methods), knob: values} if methods else {knob: values},
                   config, gpu=gpu, **fields)  # fmt: skip
     figure, ax = axes_for(ax)
-    places = list(values) if knob in NUMERIC else list(range(len(values)))
+    numbers = [v for v in values if not isinstance(v, str)] if knob in NUMERIC else []
+    places: list[float] = list(numbers) or list(range(len(values)))
     if stacked:
-        _stack(ax, places, list(swept.points), grouped=knob not in NUMERIC)
+        _stack(ax, places, list(swept.points), grouped=not numbers)
     else:
         for style, method in zip(_styles(), methods or (None,), strict=False):
             points = list(swept.along(knob, **({"method": method} if method else {})))
@@ -66,11 +67,11 @@ def over(
     for name in capacities:
         card = gpus.get(name)
         ax.axhline(in_gib(card.memory_bytes), color="#666666", linewidth=1, linestyle=(0, (4, 2)))
-        ax.annotate(card.name, (1, in_gib(card.memory_bytes)), xycoords=("axes fraction", "data"),
-                    ha="right", va="bottom", fontsize=8, color="#444444")  # fmt: skip
-    gib_axis(ax, "GiB allocated at the peak" if stacked else f"GiB {tier} at the peak")
+        ax.annotate(card.name, (0.01, in_gib(card.memory_bytes)), xycoords=("axes fraction", "data"),
+                    ha="left", va="bottom", fontsize=8, color="#444444")  # fmt: skip
+    gib_axis(ax, f"{'allocated' if stacked else tier} memory at the peak, GiB")
     ax.set_xlabel(knob.replace("_", " "))
-    if knob in NUMERIC and len(values) > 2 and max(places) >= 8 * min(places):
+    if len(numbers) > 2 and max(numbers) >= 8 * min(numbers):
         ax.set_xscale("log", base=2)
     ax.set_xticks(places, [f"{v:,}" if isinstance(v, int) else str(v) for v in values])
     ax.minorticks_off()

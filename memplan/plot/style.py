@@ -6,7 +6,8 @@ order used here, by their lightness in grey; lines also differ by their dashes a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from memplan.units import GIB
 
@@ -46,7 +47,7 @@ def axes_for(ax: Axes | None, *, width: float = 8.0, height: float = 5.0) -> tup
     if ax is not None:
         figure = ax.get_figure()
         assert figure is not None
-        return figure.figure, ax  # type: ignore[return-value]  # the root figure, if `ax` lies in a subfigure
+        return figure.figure, ax  # the root figure, if `ax` lies in a subfigure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -85,18 +86,16 @@ def run_title(made: Estimate, *, without: tuple[str, ...] = ()) -> str:
     return ", ".join(parts) + "\n" + ", ".join(second)
 
 
-def apply(figure: Figure, style: str | None) -> Any:
-    """The context of a matplotlib style sheet by name, or of none.
+def styled(style: str | None) -> AbstractContextManager[None]:
+    """The context of a matplotlib style sheet by name; of none, nothing changes.
 
     Raises:
-        MemplanError: no such style.
+        UnknownNameError: no such style.
     """
     import matplotlib.style
 
     from memplan.errors import UnknownNameError
 
-    if style is None:
-        return matplotlib.style.context({})
-    if style not in matplotlib.style.available:
+    if style is not None and style not in matplotlib.style.available:
         raise UnknownNameError("style", style, matplotlib.style.available)
-    return matplotlib.style.context(style)
+    return matplotlib.style.context(style or {})

@@ -1,0 +1,146 @@
+"""`memplan plot`: memory against a knob or two, or over one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memplan.cli import options
+from memplan.cli.render import emit
+from memplan.errors import MemplanError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from memplan.sweep import Value
+
+EPILOG = """Examples:
+
+  memplan plot llama-7b --over rank=4,8,16,32,64,128,256 -o rank.png
+
+  memplan plot llama-7b --over seq_len=512:8192:x2 --over micro_batch_size=1,2,4,8 --capacity rtx-4090 -o fits.png
+
+  memplan plot llama-7b --over method=full,lora,qlora --stacked -o methods.svg
+
+  memplan plot llama-7b --method lora --timeline -o step.png
+"""
+
+PICTURE = "Picture"
+Over = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KNOB=VALUES", help="rank=4,8,16 or seq_len=512:8192:x2; twice for a map.",
+                 rich_help_panel=PICTURE),
+]  # fmt: skip
+Methods = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="A line for each, such as lora,qlora.", rich_help_panel=PICTURE)
+]
+Capacity = Annotated[
+    str | None,
+    typer.Option(metavar="GPUS", help="Draw the memory of these cards, such as rtx-4090,a100-80gb.",
+                 rich_help_panel=PICTURE),
+]  # fmt: skip
+Tier = Annotated[
+    str, typer.Option(metavar="TIER", help="process, reserved or allocated.", rich_help_panel=PICTURE)
+]
+Stacked = Annotated[
+    bool, typer.Option("--stacked", metavar="", help="What is alive at the peak, stacked.", rich_help_panel=PICTURE)
+]
+Timeline = Annotated[
+    bool, typer.Option("--timeline", metavar="", help="One step from left to right.", rich_help_panel=PICTURE)
+]
+Style = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A matplotlib style sheet.", rich_help_panel=PICTURE)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="png, svg or pdf by its suffix; - is stdout, a png.",
+                 rich_help_panel=options.OUTPUT),
+]  # fmt: skip
+
+
+def register(app: typer.Typer, summary: str) -> None:
+    app.command("plot", short_help=summary, epilog=EPILOG)(plot)
+
+
+@options.takes_run()
+def plot(
+    model: options.Model,
+    run: dict[str, Any],
+    over: Over = None,
+    timeline: Timeline = False,
+    methods: Methods = None,
+    capacity: Capacity = None,
+    tier: Tier = "process",
+    stacked: Stacked = False,
+    style: Style = None,
+    gpu: options.Gpu = None,
+    output: Output = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draws memory against a knob (lines or stacks), two knobs (a map with what fits), or one step."""
+    from memplan.plot.lines import TIERS
+    from memplan.sweep import parse_over
+
+    knobs = [parse_over(text) for text in over or ()]
+    if timeline == bool(knobs) or len(knobs) > 2:
+        raise MemplanError("say what to draw", hints=["`--over rank=4,8,16` once or twice, or `--timeline`"])
+    if tier not in TIERS:
+        raise MemplanError(f"`{tier}` is no tier", hints=["one of " + ", ".join(TIERS)])
+    if output is None and not as_json:
+        raise MemplanError("say where the picture goes", hints=["`-o rank.png`, or `--json` for the numbers"])
+    names = tuple(part.strip() for part in methods.split(",") if part.strip()) if methods else ()
+    cards = tuple(part.strip() for part in capacity.split(",") if part.strip()) if capacity else ()
+    if as_json:
+        emit(_document(model, run, knobs, names, gpu))
+    if output is not None:
+        from memplan.plot import save
+        from memplan.plot.style import styled
+
+        with styled(style):
+            save(_draw(model, run, knobs, names, cards, tier, stacked, gpu), output)
+        if str(output) != "-":
+            emit(f"wrote {output}", err=True)
+
+
+def _draw(
+    model: str,
+    run: dict[str, Any],
+    knobs: Sequence[tuple[str, tuple[Value, ...]]],
+    methods: tuple[str, ...],
+    cards: tuple[str, ...],
+    tier: str,
+    stacked: bool,
+    gpu: str | None,
+) -> Figure:
+    from memplan import plot as pictures
+
+    if not knobs:
+        return pictures.timeline(model, run, gpu=gpu)
+    if len(knobs) == 2:
+        return pictures.heat_map(model, knobs[0], knobs[1], run, gpu=gpu, capacities=cards, tier=tier)
+    (knob, values), *_ = knobs
+    return pictures.over(
+        model, knob, values, run, methods=methods, gpu=gpu, capacities=cards, tier=tier, stacked=stacked
+    )
+
+
+def _document(
+    model: str,
+    run: dict[str, Any],
+    knobs: Sequence[tuple[str, tuple[Value, ...]]],
+    methods: tuple[str, ...],
+    gpu: str | None,
+) -> str:
+    from memplan.report_plot import SweepDocument, TimelineDocument
+
+    if not knobs:
+        from memplan.estimate import estimate
+
+        return TimelineDocument.of(estimate(model, run, gpu=gpu)).model_dump_json(indent=2)
+    from memplan.sweep import sweep
+
+    over = {"method": methods, **dict(knobs)} if methods else dict(knobs)
+    return SweepDocument.of(sweep(model, over, run, gpu=gpu)).model_dump_json(indent=2)
