@@ -8,12 +8,11 @@ Layers of one kind share one recording: the step replays it with each layer's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from memplan.architectures.builder import Builder, Weight
 from memplan.dtypes import DType
-from memplan.ops.autograd import Grads, Node, run_backward
+from memplan.ops.autograd import Grads, Node
 from memplan.ops.device import Device
 from memplan.ops.pointwise import GradList, incoming
 from memplan.ops.tensor import Machine, Parameter, Shape, Storage, Tape, Tensor
@@ -140,6 +139,7 @@ def finish(
         kinds[out.storage.slot] = "activations"
     if dx is not None and dx.storage.slot >= 0:
         kinds[dx.storage.slot] = "temporaries"
+    kinds[PORT_DY] = "temporaries"  # counted as its maker counts it, even where it becomes the embeddings' gradient
     freed_forward = any(slot == PORT_X and size == 0 for slot, size in forward)
     return Segment(
         name=name,
