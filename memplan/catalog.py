@@ -65,6 +65,24 @@ def load(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     raise UnknownNameError("model", text, names(), listed_by="memplan models")
 
 
+_CATALOGUE_KEYS = ("name", "aliases", "source", "num_parameters", "hf_repo", "notes")
+
+
+def source_config(name_or_path: str | Path) -> dict[str, Any]:
+    """The Hugging Face config behind a bundled name or a path, as transformers' AutoConfig takes it.
+
+    Raises:
+        UnknownNameError, InvalidSpecError: as `load`; a Hub id is not looked up.
+    """
+    spec = load(name_or_path)
+    if spec.name in names():
+        raw = json.loads((spec_dir() / f"{spec.name}.json").read_bytes())
+        return {key: value for key, value in raw.items() if key not in _CATALOGUE_KEYS}
+    if not Path(name_or_path).exists():
+        raise MemplanError(f"`{name_or_path}`: give the path of its config.json", hints=["or a bundled name"])
+    return read_config(Path(name_or_path))[0]
+
+
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()

@@ -25,6 +25,7 @@ COMMANDS = {
     "plot": "Memory against rank or other knobs, or over one step, as a picture.",
     "cost": "How long a run takes on one GPU, and what it costs.",
     "plan": "The cheapest, the fastest and the best ways to train on so many tokens.",
+    "calibrate": "Real short training steps on this machine's GPU, against their predictions.",
     "validate": "Measured runs against their predictions: no GPU needed.",
     "models": "The models that are bundled, and what memplan knows of one.",
     "gpus": "The GPUs that are known, as their drivers report them.",

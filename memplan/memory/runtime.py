@@ -6,9 +6,10 @@ context, kernels and libraries, and what the caching allocator reserved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memplan.gpus import GpuSpec
+from memplan.profiles import find
 from memplan.train_config import TrainConfig
 from memplan.units import KIB, MIB
 
@@ -65,7 +66,22 @@ DEFAULT_WORKSPACE_BYTES = 2 * 4096 * KIB + 8 * 16 * KIB
 
 
 def runtime_for(gpu: GpuSpec | None) -> Runtime:
-    """The constants of `gpu`; those of the H200 when none is named."""
+    """The constants of `gpu`: from the user's own calibration if there is one; those of the H200 when none is named."""
+    profile = find(gpu.products) if gpu is not None and gpu.products else None
+    if profile is not None:
+        return replace(
+            _by_generation(gpu),
+            driver_bytes=profile.driver_bytes,
+            context_bytes=profile.context_bytes,
+            kernels_bytes=profile.kernels_bytes,
+            fused_attention_bytes=profile.fused_attention_bytes,
+            basis="profile",
+            source=f"your calibration of {profile.environment.get('date')}, {profile.num_runs} runs on {profile.product}",
+        )
+    return _by_generation(gpu)
+
+
+def _by_generation(gpu: GpuSpec | None) -> Runtime:
     if gpu is None or gpu.generation in (None, "hopper"):
         return H200
     workspace = 32 * MIB if gpu.generation in ("hopper", "blackwell") else DEFAULT_WORKSPACE_BYTES
