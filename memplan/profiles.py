@@ -87,4 +87,6 @@ def find(products: tuple[str, ...]) -> GpuProfile | None:
 
 
 def _slug(product: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", product.lower()).strip("-")
+    """A file name that is the same with and without the maker's words."""
+    words = re.sub(r"[^a-z0-9]+", "-", product.lower()).strip("-").split("-")
+    return "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla")) or "gpu"

@@ -61,6 +61,6 @@ def test_an_estimate_for_that_gpu_uses_the_profile_and_says_so(folder: Path) -> 
 
 
 def test_a_broken_profile_is_one_clear_error(folder: Path) -> None:
-    (folder / "nvidia-h200.json").write_text("{not json")
+    (folder / "h200.json").write_text("{not json")
     with pytest.raises(InvalidSpecError, match="cannot be read"):
         memplan.estimate("llama-7b", gpu="h200")
