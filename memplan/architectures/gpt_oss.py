@@ -105,7 +105,8 @@ class GptOss(Moe):
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             hidden_states = flatten_tokens(x)
-            _, router_scores, router_indices = router(hidden_states)
+            router_logits, router_scores, router_indices = router(hidden_states)
+            self.kept_for_loss(router_logits)
             hidden_states = experts(hidden_states, router_indices, router_scores)
             return hidden_states.view(*x.shape), router_scores
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Layer, Shared
 from memplan.architectures.llama import Llama
+from memplan.architectures.moe_warnings import moe_warnings
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, TopKRouter, gated
 from memplan.ops.pointwise import add, mul, saves_result
@@ -31,6 +32,17 @@ class Moe(Llama):
     def mlp(self, build: Builder, kind: str) -> Layer:
         return self.sparse_block(build) if kind.endswith("experts") else self.gated_mlp(build)
 
+    def warnings(self) -> list[str]:
+        return [*super().warnings(), *moe_warnings(self.spec, self.config)]
+
+    def kept_for_loss(self, router_logits: Tensor) -> None:
+        """With `output_router_logits` the load-balancing loss keeps a tensor of the logits' size until the router's
+        backward: the logits until the model returns, then their softmax, then its gradient."""
+        node = router_logits.node
+        if self.spec.output_router_logits and node is not None:
+            router_logits.storage.mark("activations")
+            node.saved = (*node.saved, router_logits.detach())
+
     def sparse_block(self, build: Builder) -> Layer:
         if self.router_comes_first:
             gate = self.router(build)
@@ -41,7 +53,8 @@ class Moe(Llama):
 
         def forward(x: Tensor) -> Tensor:
             hidden_states = flatten_tokens(x)
-            _, top_k_weights, top_k_index = gate(hidden_states)
+            router_logits, top_k_weights, top_k_index = gate(hidden_states)
+            self.kept_for_loss(router_logits)
             hidden_states = experts(hidden_states, top_k_index, top_k_weights)
             return hidden_states.view(*x.shape)
 
@@ -102,7 +115,8 @@ class Qwen2Moe(Moe):
         def forward(x: Tensor) -> Tensor:
             hidden_states = flatten_tokens(x)
             shared_expert_output = shared_expert(hidden_states)
-            _, routing_weights, selected_experts = gate(hidden_states)
+            router_logits, routing_weights, selected_experts = gate(hidden_states)
+            self.kept_for_loss(router_logits)
             expert_output = experts(hidden_states, selected_experts, routing_weights)
             shared_expert_output = mul(saves_result(shared_expert_gate(hidden_states)), shared_expert_output)
             expert_output = add(expert_output, shared_expert_output)

@@ -28,6 +28,11 @@ _CONVERTED: dict[str, dict[str, str]] = {
 _FUSED = "gate_up_proj"
 
 
+def converts_experts(model_type: str) -> bool:
+    """Whether PEFT knows the fused experts of that family."""
+    return model_type in _CONVERTED
+
+
 def adapts_module(model_type: str, targets: Targets, name: str) -> bool:
     """Whether the linear layer `name` gets an adapter (tuners/tuners_utils.py `check_target_module_exists`)."""
     converted = _CONVERTED.get(model_type, {})
