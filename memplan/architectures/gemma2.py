@@ -50,7 +50,11 @@ class Gemma2(Gemma):
         return None if self.spec.attn_logit_softcapping is None else soft_cap
 
     def after_head(self, logits: Tensor) -> Tensor:
-        return logits if self.spec.final_logit_softcapping is None else soft_cap(logits)
+        if self.spec.final_logit_softcapping is None:
+            return logits
+        logits = mul_number(logits)  # written out as in the module: each line lets go of the one before
+        logits = saves_result(logits)
+        return mul_number(logits)
 
 
 class Gemma3(Gemma2):
