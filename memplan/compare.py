@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from memplan import gpus
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate, ModelLike, estimate
 from memplan.gpus import GpuSpec
 from memplan.memory.allocator_config import AllocatorConfig
+from memplan.residuals import band
 from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, Method
 
+Verdict = Literal["fits", "close", "does not fit"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 _HAVE_NO_USE_FOR: dict[str, tuple[str, ...]] = {
     "full": (*_ADAPTER_FIELDS, *_QUANT_FIELDS),
@@ -67,9 +69,19 @@ class Column:
             w.numel * (w.loaded_dtype or w.dtype).itemsize for w in weights if w.kind == "weights" and not w.buffer
         )
 
-    def fits(self, gpu: GpuSpec) -> bool:
-        """Whether the process fits in what the driver reports, nothing else running on the card."""
-        return self.estimate.process_bytes <= gpu.memory_bytes
+    def verdict(self, gpu: GpuSpec) -> Verdict:
+        """Whether the process gets by with what the driver reports, nothing else running on the card.
+
+        `close` lies between the process as it grows when nothing holds it back, with the band of measured residuals
+        to spare, and its tensors alone: there the allocator's retries decide, which `memplan.fit` plays.
+        """
+        run = self.estimate
+        margin = band(run.config, run.tensor_bytes)
+        if run.process_bytes + margin <= gpu.memory_bytes:
+            return "fits"
+        beside = run.process_bytes - run.reserved_bytes
+        least = run.tensor_bytes - run.components.get("workspaces", 0) + beside
+        return "does not fit" if least - margin > gpu.memory_bytes else "close"
 
 
 @dataclass(frozen=True, slots=True)

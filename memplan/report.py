@@ -172,8 +172,8 @@ class ComparedReport(RunReport):
     activation_bytes: int
     variants_storage_bytes: int
     """Disk for the base model and `num_variants` fine-tuned ones."""
-    fits: dict[str, bool]
-    """By GPU: whether `process_bytes` is within its memory."""
+    verdicts: dict[str, Literal["fits", "close", "does not fit"]]
+    """By GPU; `close` is for `memplan fit` to decide."""
 
 
 class CompareReport(Report):
@@ -202,7 +202,7 @@ class CompareReport(Report):
                     optimizer_state_bytes=column.optimizer_state_bytes,
                     activation_bytes=column.activation_bytes,
                     variants_storage_bytes=column.storage_bytes(comparison.num_variants),
-                    fits={gpu.name: column.fits(gpu) for gpu in comparison.gpus},
+                    verdicts={gpu.name: column.verdict(gpu) for gpu in comparison.gpus},
                     **run_fields(column.estimate),
                 )
                 for column in comparison.columns

@@ -6,6 +6,8 @@ import pytest
 
 from memplan import MemplanError, estimate, gpus
 from memplan.compare import METHODS, Column, Comparison, compare
+from memplan.fit import Fitter
+from memplan.memory.allocator_config import AllocatorConfig
 
 MODEL = "smollm2-135m"
 
@@ -47,11 +49,19 @@ def test_cards_are_common_ones_and_the_one_asked_about(comparison: Comparison) -
     assert memory == sorted(memory)
 
 
-def test_a_process_fits_to_the_byte() -> None:
-    column = Column(estimate(MODEL))
-    size = column.estimate.process_bytes
-    assert column.fits(gpus.get(f"{size // 1024}KiB")) is (size % 1024 == 0)
-    assert column.fits(gpus.get(f"{size // 1024 + 1}KiB"))
+def test_verdicts_agree_with_fit() -> None:
+    """What compares says of a card, `fit` says too; between the two lies what only `fit` decides."""
+    column = Column(estimate(MODEL, seq_len=256))
+    mib = column.estimate.process_bytes // 2**20
+    seen = set()
+    config = column.estimate.config
+    for size in (mib // 2, mib - 512, mib - 64, mib, mib + 64, mib * 2):
+        card = gpus.get(f"{size}MiB")
+        verdict = column.verdict(card)
+        seen.add(verdict)
+        if verdict != "close":
+            assert Fitter(column.estimate.model, card, AllocatorConfig(), card.memory_bytes).verdict(config) == verdict
+    assert seen == {"fits", "close", "does not fit"}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ EPILOG = """Examples:
   memplan compare qwen3-8b --gpu rtx-4090 --json
 """
 
+_SAYS = {"fits": "fits", "close": "close", "does not fit": dim("no")}
 _HEADS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -71,12 +72,12 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     rows += [(label, *(write(column) for column in table)) for label, write in _rows(comparison.num_variants)]
     yield from columns(rows, "lrrr", gap=3)
     yield ""
-    yield heading("fits", "process within what the driver reports, nothing else on the card")
-    fits = [
-        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *("yes" if column.fits(gpu) else dim("no") for column in table))
+    yield heading("on common cards", "nothing else on the card; `memplan fit` decides what is close")
+    verdicts = [
+        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *(_SAYS[column.verdict(gpu)] for column in table))
         for gpu in comparison.gpus
     ]
-    yield from columns([("", "", *(_HEADS[c.estimate.config.method] for c in table)), *fits], "lrrrr", gap=4)
+    yield from columns([("", "", *(_HEADS[c.estimate.config.method] for c in table)), *verdicts], "lrrrr", gap=4)
     yield ""
     basis = f"{first.runtime.basis}: {first.runtime.source}"
     beside = f"Beside reserved memory the process holds driver, context and kernels, {basis}"
