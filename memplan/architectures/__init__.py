@@ -8,6 +8,7 @@ from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
 from memplan.architectures.gpt2 import GPT2
 from memplan.architectures.gpt_neox import GPTNeoX
+from memplan.architectures.gptj import GPTJ
 from memplan.architectures.gpt_oss import GptOss
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
@@ -20,6 +21,7 @@ from memplan.train_config import TrainConfig
 FAMILIES: dict[str, type[Decoder]] = {
     "gpt2": GPT2,
     "gpt_neox": GPTNeoX,
+    "gptj": GPTJ,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,

@@ -165,7 +165,7 @@ class Decoder:
 
     def heads(self, x: Tensor, num_heads: int, *, rotated: bool = False) -> Tensor:
         """A projection seen by heads; see `split_heads` for when its gradient is copied."""
-        copies = rotated or self.config.attention == "eager" or self.attends_by_ops(x)
+        copies = rotated or self.attention_implementation == "eager" or self.attends_by_ops(x)
         return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=copies)
 
     def attends_by_ops(self, x: Tensor) -> bool:
@@ -173,7 +173,7 @@ class Decoder:
         spec, config = self.spec, self.config
         grouped = spec.num_attention_heads != spec.num_key_value_heads
         fp32 = x.dtype is DType.fp32 and not config.autocast
-        return grouped and fp32 and config.attention == "sdpa" and not config.padding
+        return grouped and fp32 and self.attention_implementation == "sdpa" and not config.padding
 
     def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         assert shared.cos is not None and shared.sin is not None

@@ -70,9 +70,8 @@ class GPT2(Decoder):
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             q, k, v = split_last(c_attn(x), hidden, hidden, hidden)
-            eager = self.attention_implementation == "eager"
-            k, v = self.heads(k, heads, rotated=eager), self.heads(v, heads, rotated=eager)
-            q = self.heads(q, heads, rotated=eager)
+            k, v = self.heads(k, heads), self.heads(v, heads)
+            q = self.heads(q, heads)
             attn_output, attn_weights = self.attention(q, k, v, shared)
             attn_output = attn_output.view(*x.shape)
             attn_output = c_proj(attn_output)

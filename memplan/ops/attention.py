@@ -30,7 +30,7 @@ from memplan.ops.pointwise import (
     to,
 )
 from memplan.ops.sdpa_math import math_attention, softmax_backward
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import Shape, Tensor
 
 
 def split_heads(x: Tensor, num_heads: int, head_dim: int, *, copies: bool = False) -> Tensor:
@@ -41,10 +41,7 @@ def split_heads(x: Tensor, num_heads: int, head_dim: int, *, copies: bool = Fals
     """
     batch, tokens = x.shape[:2]
     shape = (batch, num_heads, tokens, head_dim)
-    if not copies or not x.requires_grad or not x.machine.grad_enabled:
-        return x.view(*shape)
-    node = record(x.machine, same_size_backward, (x,))
-    return attach(node, Tensor(x.storage, shape, x.dtype))
+    return copied_in_backward(x, shape) if copies else x.view(*shape)
 
 
 def repeat_kv(x: Tensor, num_groups: int) -> Tensor:
@@ -84,12 +81,31 @@ def eager(
         attn_weights = cap(attn_weights)
     if mask is not None:
         attn_weights = add(attn_weights, mask)
-    attn_weights = softmax_fp32(attn_weights) if softmax_in_fp32 else softmax(attn_weights)
-    attn_weights = to(attn_weights, q.dtype if softmax_in_fp32 else v.dtype)
+    if softmax_in_fp32:
+        attn_weights = to(softmax_fp32(attn_weights), q.dtype)
+    else:
+        attn_weights = softmax(attn_weights)
+        attn_weights = to(attn_weights, v.dtype)
     if p:
         attn_weights = dropout(attn_weights, p)
-    output = bmm(attn_weights, operand(value_states, copies and num_groups == 1), (*q.shape[:3], v.shape[3]))
+    output = weighted_values(attn_weights, value_states, by_tokens=num_groups == 1)
     return contiguous(output), attn_weights
+
+
+def weighted_values(attn_weights: Tensor, value_states: Tensor, *, by_tokens: bool) -> Tensor:
+    """attn_weights @ value_states: [B, N, S, H]. With several sequences the values are copied if they lie by tokens, and
+    so is the gradient in backward, which comes by tokens."""
+    copies = value_states.shape[0] > 1
+    shape = (*attn_weights.shape[:3], value_states.shape[3])
+    output = bmm(attn_weights, operand(value_states, copies and by_tokens), shape)
+    return copied_in_backward(output, shape) if copies else output
+
+
+def copied_in_backward(x: Tensor, shape: Shape) -> Tensor:
+    """A view whose gradient has to be copied into another memory order (ViewBackward0 -> reshape -> clone)."""
+    if not x.requires_grad or not x.machine.grad_enabled:
+        return x.view(*shape)
+    return attach(record(x.machine, same_size_backward, (x,)), Tensor(x.storage, shape, x.dtype))
 
 
 def operand(x: Tensor, copies: bool) -> Tensor:

@@ -144,10 +144,11 @@ def _accumulate_grad(node: Node, grads: list[Tensor | None]) -> Grads:
     return ()
 
 
-def expect(leaf: Parameter, gradient: list[Tensor]) -> None:
-    """Puts a gradient of `leaf` that comes from elsewhere, taken out of the list, where the next is added to it."""
-    edge = edge_of(leaf)
+def expect(tensor: Tensor, gradient: list[Tensor]) -> None:
+    """Puts a gradient of `tensor` that comes from elsewhere, taken out of the list, where the next is added to it."""
+    edge = edge_of(tensor)
     assert edge is not None
+    assert edge[1] == 0
     edge[0].buffer = [gradient.pop()]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from weakref import ref
 
-from memplan.ops.autograd import Grads, Node, attach, record, run_backward
+from memplan.ops.autograd import Grads, Node, attach, expect, record, run_backward
 from memplan.ops.pointwise import GradList, incoming
 from memplan.ops.tensor import Tensor
 
@@ -102,19 +102,30 @@ def checkpoint_reentrant(forward: Forward, x: Tensor) -> Outputs:
     node = record(m, _reentrant_backward, (x,), (x,), meta=forward)
     with m.no_grad():
         result = forward(x)
-    attach(node, result[0] if isinstance(result, tuple) else result)
+    if not isinstance(result, tuple):
+        return attach(node, result)
+    attach(node, result[0])
+    if result[1] is not None:
+        attach(node, result[1], 1)
     return result
 
 
 def _reentrant_backward(node: Node, grads: GradList) -> Grads:
     m, forward = node.machine, node.meta
+    # torch.autograd.Function makes zeros of the gradients that its outputs did not get
+    zeros = [m.empty(shape, dtype) for shape, dtype in node.likes[1:]]
     x = node.unpack().detach()
     x.requires_grad = True
     before, m.cast_cache = m.cast_cache, {}
     grad_was, m.grad_enabled = m.grad_enabled, True
     result = forward(x)
     m.cast_cache, m.grad_enabled = before, grad_was
-    run_backward(result[0] if isinstance(result, tuple) else result, [incoming(grads)])
+    if not isinstance(result, tuple):
+        run_backward(result, [incoming(grads)])
+    else:
+        if result[1] is not None:
+            expect(result[1], [zeros[0].detach()])
+        run_backward(result[0], [incoming(grads)])
     assert x.node is not None
     grad = x.node.meta
     x.node.meta = None
