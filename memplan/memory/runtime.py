@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from memplan.gpus import GpuSpec
 from memplan.profiles import find
 from memplan.train_config import TrainConfig
-from memplan.units import KIB, MIB
+from memplan.units import GIB, KIB, MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,38 +61,62 @@ H200 = Runtime(
     source="records of an NVIDIA H200, driver 580.159.04, torch 2.11.0+cu130",
 )
 
-# CublasHandlePool.cpp: `:4096:2:16:8` = 2 * 4096 KiB + 8 * 16 KiB elsewhere.
+# CublasHandlePool.cpp: `:4096:2:16:8` = 2 * 4096 KiB + 8 * 16 KiB on all but Hopper and data-centre Blackwell.
 DEFAULT_WORKSPACE_BYTES = 2 * 4096 * KIB + 8 * 16 * KIB
+_LARGE_WORKSPACE = ("9.0", "10.0", "10.3", "12.0")
+
+# What CUDA has of a card (as its out-of-memory message says) against what nvidia-smi calls its total: the driver's own.
+DRIVER_BYTES: dict[str, tuple[int, str]] = {
+    "t4": (15360 * MIB - int(14.56 * GIB), "14.56 GiB of 15360 MiB: github.com/Zheng-Chong/CatVTON issue 133"),
+    "rtx-4090": (24564 * MIB - int(23.61 * GIB), "23.61 GiB of 24564 MiB: github.com/pinokiofactory/flux-webui issue 11"),
+    "rtx-5090": (32607 * MIB - int(31.37 * GIB), "31.37 GiB of 32607 MiB: github.com/Wan-Video/Wan2.1 issue 465"),
+    "a100-40gb": (40960 * MIB - int(39.39 * GIB), "39.39 to 39.56 GiB of 40960 MiB; 39.50: TianheWu/CoSeR issue 10"),
+    "a100-80gb": (81920 * MIB - int(79.15 * GIB), "79.15 to 79.25 GiB of 81920 MiB; 79.25: wbfwonderful/Vad-R1 issue 11"),
+    "rtx-6000-ada": (49140 * MIB - 50_865_307_648, "50865307648 B of 49140 MiB: github.com/unslothai/unsloth-zoo pull 1053"),
+}
+# Where nothing is cited: the largest share of its memory that any of the above keeps (a T4's).
+_LARGEST_DRIVER_SHARE = DRIVER_BYTES["t4"][0] / (15360 * MIB)
+
+CONTEXT_BYTES: dict[str, tuple[int, str]] = {
+    "turing": (147 * MIB, "133 to 147 MiB on a T4: README of fitcheck-llm 0.3.1"),
+    "ampere": (501 * MIB, "501 MiB on an A100: documentation of AgileRL"),
+    "ada": (426 * MIB, "426 MiB on an RTX 6000 Ada, torch 2.10+cu130: github.com/unslothai/unsloth-zoo pull 1053"),
+}
+"""What creating the CUDA context adds, by generation; others take the H200's, the largest known."""
 
 
 def runtime_for(gpu: GpuSpec | None) -> Runtime:
     """The constants of `gpu`: from the user's own calibration if there is one; those of the H200 when none is named."""
     profile = find(gpu.products) if gpu is not None and gpu.products else None
-    if profile is not None:
-        return replace(
-            _by_generation(gpu),
-            driver_bytes=profile.driver_bytes,
-            context_bytes=profile.context_bytes,
-            kernels_bytes=profile.kernels_bytes,
-            fused_attention_bytes=profile.fused_attention_bytes,
-            basis="profile",
-            source=f"your calibration of {profile.environment.get('date')}, {profile.num_runs} runs on {profile.product}",
-        )
-    return _by_generation(gpu)
+    if profile is None:
+        return _from_tables(gpu)
+    return replace(
+        _from_tables(gpu),
+        driver_bytes=profile.driver_bytes,
+        context_bytes=profile.context_bytes,
+        kernels_bytes=profile.kernels_bytes,
+        fused_attention_bytes=profile.fused_attention_bytes,
+        basis="profile",
+        source=f"your calibration of {profile.environment.get('date')}, {profile.num_runs} runs on {profile.product}",
+    )
 
 
-def _by_generation(gpu: GpuSpec | None) -> Runtime:
-    if gpu is None or gpu.generation in (None, "hopper"):
+def _from_tables(gpu: GpuSpec | None) -> Runtime:
+    if gpu is None or gpu.generation is None or gpu.name == "h200":
         return H200
-    workspace = 32 * MIB if gpu.generation in ("hopper", "blackwell") else DEFAULT_WORKSPACE_BYTES
-    return Runtime(
+    context, context_source = CONTEXT_BYTES.get(gpu.generation, (H200.context_bytes, "as on the H200, the largest known"))
+    driver, driver_source = DRIVER_BYTES.get(
+        gpu.name,
+        (H200.driver_bytes, "as on the H200")
+        if gpu.generation == "hopper"
+        else (int(gpu.memory_bytes * _LARGEST_DRIVER_SHARE), "the largest share known, a T4's"),
+    )
+    return replace(
+        H200,
         name=gpu.generation,
-        driver_bytes=H200.driver_bytes,
-        context_bytes=H200.context_bytes,
-        kernels_bytes=H200.kernels_bytes,
-        fused_attention_bytes=H200.fused_attention_bytes,
-        int8_bytes=H200.int8_bytes,
-        workspace_bytes=workspace,
+        driver_bytes=driver,
+        context_bytes=context,
+        workspace_bytes=32 * MIB if gpu.compute_capability in _LARGE_WORKSPACE else DEFAULT_WORKSPACE_BYTES,
         basis="cited",
-        source="context and kernels as on the H200, the largest that was measured; workspace by CublasHandlePool.cpp",
+        source=f"driver: {driver_source}; context: {context_source}; kernels as on the H200",
     )
