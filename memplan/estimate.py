@@ -20,7 +20,7 @@ from memplan.gpus import GpuSpec
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.ledger import Ledger, fold
 from memplan.memory.program import Composer, Program
-from memplan.memory.runtime import Runtime, runtime_for
+from memplan.memory.runtime import Runtime, device_for, runtime_for
 from memplan.memory.simulate import Simulation, simulate
 from memplan.model_spec import ModelSpec
 from memplan.ops.tensor import round_block
@@ -42,7 +42,7 @@ COMPONENTS = (
 
 
 class Estimate:
-    """What one run takes, tier by tier. All sizes are bytes; peaks are over load and the steps.
+    """What one run takes, tier by tier. All sizes are bytes; peaks are over the training steps.
 
     `allocated_bytes` is what `torch.cuda.max_memory_allocated` reports, `reserved_bytes`
     `max_memory_reserved`, `process_bytes` what NVML shows as used on an otherwise idle card.
@@ -56,7 +56,7 @@ class Estimate:
         self.gpu = gpu
         self.allocator_config = allocator or AllocatorConfig()
         self.runtime: Runtime = runtime_for(gpu)
-        decoder = decoder_for(model, config)
+        decoder = decoder_for(model, config, device_for(gpu))
         self.program: Program = Composer(decoder, workspace_bytes=self.runtime.workspace_bytes).compose()
         self.ledger: Ledger = fold(self.program)
         self.warnings: tuple[str, ...] = tuple(decoder.warnings())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from memplan.memory.program import Frame, Program
+from memplan.memory.program import BEFORE_STEPS, Frame, Program
 from memplan.ops.tensor import Tape
 
 Bytes = dict[str, int]
@@ -78,7 +78,7 @@ def fold(program: Program) -> Ledger:
         high = total + tape_sum.peak_total
         if high > phase.peak_bytes:
             phase.peak_bytes = high
-        if high > ledger.peak_bytes:
+        if high > ledger.peak_bytes and play.phase not in BEFORE_STEPS:
             ledger.peak_bytes, ledger.peak_phase, ledger.peak_step = high, play.phase, play.step
             ledger.components = {k: live.get(k, 0) + tape_sum.peak.get(k, 0) for k in live.keys() | tape_sum.peak.keys()}
         for kind, change in tape_sum.net.items():

@@ -25,6 +25,9 @@ Link = tuple[int, int, int, int]
 BLASLT_WORKSPACE_BYTES = 2**20
 """`parseCUDABlasLtWorkspaceSize`, torch 2.11 aten/src/ATen/cuda/CublasHandlePool.cpp; seen on an H200, one a thread."""
 
+BEFORE_STEPS = ("load", "prepare")
+"""Phases before the first step: a run's peaks are over its steps, as they are measured."""
+
 EMPTY_CACHE: Tape = []
 """The play of `torch.cuda.empty_cache()`: this very list."""
 

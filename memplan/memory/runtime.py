@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from memplan.gpus import GpuSpec
+from memplan.ops.device import HOPPER, Device
 from memplan.profiles import find
 from memplan.train_config import TrainConfig
 from memplan.units import GIB, KIB, MIB
@@ -38,7 +39,8 @@ class Runtime:
     def beside_reserved(self, config: TrainConfig) -> int:
         """Process bytes that the allocator does not know of, for one run."""
         total = self.driver_bytes + self.context_bytes + self.kernels_bytes
-        half = config.autocast or (config.weight_dtype != "fp32" and not (config.method == "qlora" and config.kbit_prep))
+        prepared = config.method == "qlora" and config.kbit_prep  # its residual stream is fp32
+        half = config.autocast or (config.weight_dtype != "fp32" and not prepared)
         if half and config.attention != "eager":
             total += self.fused_attention_bytes
         if config.method == "qlora" and config.quant_type == "int8":
@@ -64,25 +66,38 @@ H200 = Runtime(
 # CublasHandlePool.cpp: `:4096:2:16:8` = 2 * 4096 KiB + 8 * 16 KiB on all but Hopper and data-centre Blackwell.
 DEFAULT_WORKSPACE_BYTES = 2 * 4096 * KIB + 8 * 16 * KIB
 _LARGE_WORKSPACE = ("9.0", "10.0", "10.3", "12.0")
+# aten/src/ATen/native/transformers/cuda/sdp_utils.cpp `check_prefer_cudnn_attention` (torch 2.11, cuDNN 9.15 and later)
+_CUDNN_ATTENTION = ("9.0", "10.0", "10.3")
 
 # What CUDA has of a card (as its out-of-memory message says) against what nvidia-smi calls its total: the driver's own.
 DRIVER_BYTES: dict[str, tuple[int, str]] = {
-    "t4": (15360 * MIB - int(14.56 * GIB), "14.56 GiB of 15360 MiB: github.com/Zheng-Chong/CatVTON issue 133"),
-    "rtx-4090": (24564 * MIB - int(23.61 * GIB), "23.61 GiB of 24564 MiB: github.com/pinokiofactory/flux-webui issue 11"),
-    "rtx-5090": (32607 * MIB - int(31.37 * GIB), "31.37 GiB of 32607 MiB: github.com/Wan-Video/Wan2.1 issue 465"),
-    "a100-40gb": (40960 * MIB - int(39.39 * GIB), "39.39 to 39.56 GiB of 40960 MiB; 39.50: TianheWu/CoSeR issue 10"),
-    "a100-80gb": (81920 * MIB - int(79.15 * GIB), "79.15 to 79.25 GiB of 81920 MiB; 79.25: wbfwonderful/Vad-R1 issue 11"),
-    "rtx-6000-ada": (49140 * MIB - 50_865_307_648, "50865307648 B of 49140 MiB: github.com/unslothai/unsloth-zoo pull 1053"),
+    "t4": (15360 * MIB - int(14.56 * GIB), "14.56 GiB of 15360 MiB: Zheng-Chong/CatVTON issue 133"),
+    "rtx-4090": (24564 * MIB - int(23.61 * GIB), "23.61 GiB of 24564 MiB: pinokiofactory/flux-webui issue 11"),
+    "rtx-5090": (32607 * MIB - int(31.37 * GIB), "31.37 GiB of 32607 MiB: Wan-Video/Wan2.1 issue 465"),
+    "a100-40gb": (40960 * MIB - int(39.50 * GIB), "39.50 GiB of 40960 MiB: TianheWu/CoSeR issue 10"),
+    "a100-80gb": (81920 * MIB - int(79.25 * GIB), "79.25 GiB of 81920 MiB: wbfwonderful/Vad-R1 issue 11"),
+    "rtx-6000-ada": (49140 * MIB - 50_865_307_648, "50865307648 B of 49140 MiB: unslothai/unsloth-zoo pull 1053"),
 }
-# Where nothing is cited: the largest share of its memory that any of the above keeps (a T4's).
+# Where nothing is cited: the largest share that a card above keeps (a T4's), but no more than any of them keeps.
 _LARGEST_DRIVER_SHARE = DRIVER_BYTES["t4"][0] / (15360 * MIB)
+_LARGEST_DRIVER_BYTES = max(kept for kept, _ in DRIVER_BYTES.values())
 
 CONTEXT_BYTES: dict[str, tuple[int, str]] = {
     "turing": (147 * MIB, "133 to 147 MiB on a T4: README of fitcheck-llm 0.3.1"),
     "ampere": (501 * MIB, "501 MiB on an A100: documentation of AgileRL"),
-    "ada": (426 * MIB, "426 MiB on an RTX 6000 Ada, torch 2.10+cu130: github.com/unslothai/unsloth-zoo pull 1053"),
+    "ada": (426 * MIB, "426 MiB on an RTX 6000 Ada, torch 2.10+cu130: unslothai/unsloth-zoo pull 1053"),
 }
 """What creating the CUDA context adds, by generation; others take the H200's, the largest known."""
+
+
+def device_for(gpu: GpuSpec | None) -> Device:
+    """What of `gpu` decides how kernels use memory; that of the H200 when none is named.
+
+    Multiprocessors are taken as 132 on all cards: they only bound the buffers of split reductions.
+    """
+    if gpu is None or gpu.generation is None:
+        return HOPPER
+    return Device(gpu.generation, prefers_cudnn_attention=gpu.compute_capability in _CUDNN_ATTENTION)
 
 
 def runtime_for(gpu: GpuSpec | None) -> Runtime:
@@ -104,12 +119,17 @@ def runtime_for(gpu: GpuSpec | None) -> Runtime:
 def _from_tables(gpu: GpuSpec | None) -> Runtime:
     if gpu is None or gpu.generation is None or gpu.name == "h200":
         return H200
-    context, context_source = CONTEXT_BYTES.get(gpu.generation, (H200.context_bytes, "as on the H200, the largest known"))
+    context, context_source = CONTEXT_BYTES.get(
+        gpu.generation, (H200.context_bytes, "as on the H200, the largest known")
+    )
     driver, driver_source = DRIVER_BYTES.get(
         gpu.name,
         (H200.driver_bytes, "as on the H200")
         if gpu.generation == "hopper"
-        else (int(gpu.memory_bytes * _LARGEST_DRIVER_SHARE), "the largest share known, a T4's"),
+        else (
+            min(int(gpu.memory_bytes * _LARGEST_DRIVER_SHARE), _LARGEST_DRIVER_BYTES),
+            "the most that a card known keeps",
+        ),
     )
     return replace(
         H200,

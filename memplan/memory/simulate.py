@@ -9,7 +9,7 @@ from memplan.memory.allocator_blocks import Block
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.allocator_replay import replay
 from memplan.memory.driver_addresses import DriverAddresses
-from memplan.memory.program import EMPTY_CACHE, Program
+from memplan.memory.program import BEFORE_STEPS, EMPTY_CACHE, Program
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
         memory.reserved_bytes = allocator.reserved_bytes
         memory.peak_allocated_bytes = max(memory.peak_allocated_bytes, allocator.peak_allocated_bytes)
         memory.peak_reserved_bytes = max(memory.peak_reserved_bytes, allocator.peak_reserved_bytes)
-    all_phases = [m for step in result.phases for m in step.values()]
-    result.peak_allocated_bytes = max(m.peak_allocated_bytes for m in all_phases)
-    result.peak_reserved_bytes = max(m.peak_reserved_bytes for m in all_phases)
+    trained = [m for step in result.phases for phase, m in step.items() if phase not in BEFORE_STEPS]
+    result.peak_allocated_bytes = max(m.peak_allocated_bytes for m in trained)
+    result.peak_reserved_bytes = max(m.peak_reserved_bytes for m in trained)
     return result
