@@ -132,11 +132,16 @@ class Builder:
     ) -> Embedding | LoraEmbedding | DoraEmbedding:
         """nn.Embedding as the run has it; `embed_scale` multiplies its rows (Gemma)."""
         (weight,) = self.own(name, ("weight", (num_rows, width)), of="Embedding")
+        if embed_scale is not None and self.saves(name):
+            copy = f"{name}.modules_to_save.embed_scale"
+            self.weights.append(Weight(copy, (), embed_scale.dtype, False, "adapters", buffer=True))
         base = Embedding(weight, embed_scale)
         if self.config.target_modules == "all-linear" or not self.is_target(name) or self.saves(name):
             return base
         assert self.config.rank is not None
         made = weight.dtype
+        # TRL puts the hook on the adapted embedding, the others on the base before it is adapted.
+        base.makes_leaf = self.config.gradient_checkpointing and self.config.stack != "trl"
         down = self._adapter(f"{name}.lora_embedding_A", (self.config.rank, num_rows), made)
         up = self._adapter(f"{name}.lora_embedding_B", (width, self.config.rank), made)
         if self.config.use_dora:

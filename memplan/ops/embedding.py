@@ -15,6 +15,8 @@ class Embedding:
 
     weight: Parameter
     embed_scale: Tensor | None = None
+    makes_leaf: bool = False
+    """A hook makes the rows require a gradient (`enable_input_require_grads`)."""
 
     def __call__(self, batch: tuple[int, ...]) -> Tensor:
         return embedding(self, batch)
@@ -30,7 +32,11 @@ def embedding(table: Embedding, batch: tuple[int, ...], ids: Tensor | None = Non
     m = weight.machine
     node = record(m, _embedding_backward, (weight,), () if ids is None else (ids,), meta=weight.shape)
     rows = result_of(node, m, (*batch, weight.shape[1]), weight.dtype)
-    return rows if table.embed_scale is None else mul(rows, to(table.embed_scale, weight.dtype))
+    if table.embed_scale is not None:
+        rows = mul(rows, to(table.embed_scale, weight.dtype))
+    if table.makes_leaf:
+        rows.requires_grad = True
+    return rows
 
 
 def _embedding_backward(node: Node, grads: GradList) -> Grads:
