@@ -88,8 +88,8 @@ def estimate_lines(result: Estimate) -> Iterator[str]:
     yield from component_lines(result)
     yield ""
     yield heading("peak of each phase", "GiB")
-    phases = " · ".join(f"{name} {gib(size)}" for name, size in result.phases.items() if name != "zero_grad")
-    yield from paragraph(phases)
+    phases = [f"{name}{_SPACE}{gib(size)}" for name, size in result.phases.items() if name != "zero_grad"]
+    yield from _packed(phases, first="  ")
     yield ""
     yield from tier_lines(result)
     for warning in result.warnings:
@@ -106,8 +106,12 @@ def run_lines(config: TrainConfig) -> Iterator[str]:
     unused |= {"double_quant"} if config.quant_type == "int8" else set()
     for panel, names in options.fields_by_panel().items():
         said = [f"{name.replace('_', '-')}{_SPACE}{_stated(config, name)}" for name in names if name not in unused]
-        for line in paragraph(f"{_SPACE}· ".join(said), first=f"  {panel.lower():13}  "):
-            yield line.replace(_SPACE, " ")
+        yield from _packed(said, first=f"  {panel.lower():13}  ")
+
+
+def _packed(items: list[str], *, first: str) -> list[str]:
+    """`items` in lines of at most 80 columns, none of them broken."""
+    return [line.replace(_SPACE, " ") for line in paragraph(f"{_SPACE}· ".join(items), first=first)]
 
 
 def _stated(config: TrainConfig, name: str) -> str:
