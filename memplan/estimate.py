@@ -76,7 +76,12 @@ class Estimate:
 
     @property
     def process_bytes(self) -> int:
-        return self.reserved_bytes + self.runtime.beside_reserved(self.config)
+        return self.reserved_bytes + self.beside_reserved_bytes
+
+    @property
+    def beside_reserved_bytes(self) -> int:
+        """What the process takes beside the caching allocator: driver, context, kernels, managed memory."""
+        return self.runtime.beside_reserved(self.config, self.program.managed_bytes)
 
     @property
     def tensor_bytes(self) -> int:

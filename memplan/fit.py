@@ -111,7 +111,7 @@ class Fitter:
 
     def _left(self, made: Estimate) -> int:
         """What the driver has for the allocator."""
-        return self.capacity_bytes - made.runtime.beside_reserved(made.config)
+        return self.capacity_bytes - made.beside_reserved_bytes
 
     def _trains_within(self, made: Estimate, num_bytes: int) -> bool:
         """Whether the run gets through when the driver has `num_bytes` for the allocator."""

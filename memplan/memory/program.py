@@ -56,6 +56,8 @@ class Program:
     frames: list[Frame] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     optimizer_state_bytes: int = 0
+    managed_bytes: int = 0
+    """Optimizer states in CUDA managed memory (paged optimizers), which no allocator sees."""
 
     def frame(self, kinds: list[str], sizes: dict[int, int]) -> int:
         self.frames.append(Frame(len(kinds), kinds, sizes))
@@ -251,6 +253,7 @@ class Composer:
         frame = self.program.frame(plan.kinds, sizes)
         self.program.play("prepare", 0, frame, plan.made)
         self.program.optimizer_state_bytes = plan.state_bytes
+        self.program.managed_bytes = plan.managed_bytes
         return frame
 
     def _update(

@@ -36,9 +36,10 @@ class Runtime:
     """`measured`, `cited`, or `profile` for the user's own calibration."""
     source: str
 
-    def beside_reserved(self, config: TrainConfig) -> int:
-        """Process bytes that the allocator does not know of, for one run."""
+    def beside_reserved(self, config: TrainConfig, managed_bytes: int = 0) -> int:
+        """Process bytes that the allocator does not know of, for one run; `managed_bytes` of it by paged optimizers."""
         total = self.driver_bytes + self.context_bytes + self.kernels_bytes
+        total += -(-managed_bytes // MANAGED_PIECE_BYTES) * MANAGED_PIECE_BYTES
         prepared = config.method == "qlora" and config.kbit_prep  # its residual stream is fp32
         half = config.autocast or (config.weight_dtype != "fp32" and not prepared)
         if half and config.attention != "eager":
@@ -47,6 +48,10 @@ class Runtime:
             total += self.int8_bytes
         return total
 
+
+# What NVML counts for managed memory in use: 128 MiB for 6.75 and for 72 MiB of paged states, 640 MiB for about 600 MiB
+# (runs d1-022, d1-021 and d1-020 of the H200 records).
+MANAGED_PIECE_BYTES = 128 * MIB
 
 # NVML before CUDA, after `torch.zeros(1, device="cuda")`, and at the end of three steps less reserved memory: the same
 # in each of 164 runs, apart from the two additions (records of 2026-11-22, driver 580.159.04, torch 2.11.0+cu130).
