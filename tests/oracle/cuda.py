@@ -43,11 +43,12 @@ aten = torch.ops.aten
 
 def scalar_values(padding: bool) -> Callable[[torch.Tensor], Any]:
     """What `.item()` gives on a fake tensor, by the function that asks: whether a mask is all ones, positions are one
-    sequence. Else False (opt drops no layer), and 1 for numbers (an optimizer's step)."""
+    sequence, whether tokens count for the loss. Else False (opt drops no layer), and 1 for numbers (an optimizer's step)."""
     answers = {
         "find_packed_sequence_indices": True,
         "_ignore_causal_mask_sdpa": not padding,
         "_ignore_bidirectional_mask_sdpa": not padding,
+        "compute_loss": True,  # SFTTrainer's: are there labelled tokens?
     }
 
     def scalar_value(tensor: torch.Tensor) -> Any:

@@ -112,13 +112,13 @@ def main() -> None:
     )
     seconds = time.perf_counter() - start
     if args.json:
-        keys = ("model_bytes", "input_bytes", "num_params", "num_trainable", "phases")
+        keys = ("model_bytes", "num_params", "num_trainable", "phases")
         json.dump({key: getattr(result, key) for key in keys}, sys.stdout, indent=1)
         print()
         return
     _print_events(result, args)
     print(
-        f"model {result.model_bytes:,d} B, inputs {result.input_bytes:,d} B, {result.num_params:,d} parameters,"
+        f"model {result.model_bytes:,d} B, {result.num_params:,d} parameters,"
         f" {result.num_trainable:,d} trainable, {seconds:.2f} s"
     )
     for step, phases in enumerate(result.phases):

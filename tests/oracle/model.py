@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.oracle.bnb import quantize, state_tensors
+from tests.oracle.trainers import prepare_for_sft
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,12 +32,15 @@ def build(
     adapter_dtype: str,
     gradient_checkpointing: bool,
     reentrant: bool,
+    stack: str = "torch",
 ) -> tuple[nn.Module, int]:
     """The training-ready model on meta, as a user of these libraries sets it up; the base model's parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**hf_config)
     config.use_cache = False
+    if stack == "trl":
+        prepare_for_sft(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -74,8 +78,10 @@ def build(
         )
         with mock.patch("peft.tuners.lora.dora.deepcopy", _itself):  # 4-bit weights on meta cannot be copied
             model = get_peft_model(model, adapters)
-        for parameter in model.parameters():
-            if parameter.requires_grad and adapter_dtype != "fp32":
+        for name, parameter in model.named_parameters():
+            # SFTTrainer leaves DoRA's magnitudes of a quantised model as they are.
+            stays = "lora_magnitude_vector" in name and stack == "trl" and method == "qlora"
+            if parameter.requires_grad and adapter_dtype != "fp32" and not stays:
                 parameter.data = parameter.data.to(DTYPES[adapter_dtype])
     model.train()
     return model, num_params

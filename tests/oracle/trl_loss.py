@@ -38,11 +38,13 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def add_fused_head(model: torch.nn.Module) -> None:
+def add_fused_head(model: torch.nn.Module, stack: str) -> None:
+    """SFTTrainer asks for what its metrics need; a plain loop takes the default, the loss alone."""
     from trl.trainer.utils import add_fused_lm_head
 
     get_base_model = getattr(model, "get_base_model", None)
-    add_fused_lm_head(get_base_model() if get_base_model else model, outputs=OUTPUTS)
+    base = get_base_model() if get_base_model else model
+    add_fused_lm_head(base, **({"outputs": OUTPUTS} if stack == "trl" else {}))
 
 
 @contextmanager
@@ -59,19 +61,3 @@ def on_gpu() -> Iterator[None]:
         mock.patch.object(kernels, "_addmm_fp32", _in_place_addmm),
     ):
         yield
-
-
-def compute_loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
-    """`SFTTrainer.compute_loss`: the loss, then the metrics while the outputs are still alive."""
-    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-    per_token_loss = -outputs.log_probs
-    loss = per_token_loss.sum() / torch.as_tensor(num_items).clamp(min=1)
-    num_valid = outputs.label_mask.sum().sum()
-    entropy_sum = outputs.entropy.detach().sum().sum()
-    num_correct = outputs.is_top1.sum().sum()
-    for metric in (entropy_sum, num_correct):
-        _ = num_valid > 0  # true
-        (metric / num_valid).item()
-    if "attention_mask" in inputs:
-        inputs["attention_mask"].sum().sum().item()
-    return loss
