@@ -10,7 +10,8 @@ from __future__ import annotations
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Layer, Shared
 from memplan.architectures.llama import Llama
-from memplan.architectures.moe_warnings import moe_warnings
+from memplan.architectures.moe_warnings import has_router_loss, moe_warnings
+from memplan.dtypes import DType
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, TopKRouter, gated
 from memplan.ops.pointwise import add, mul, saves_result
@@ -37,11 +38,14 @@ class Moe(Llama):
 
     def kept_for_loss(self, router_logits: Tensor) -> None:
         """With `output_router_logits` the load-balancing loss keeps a tensor of the logits' size until the router's
-        backward: the logits until the model returns, then their softmax, then its gradient."""
+        backward: the logits until the model returns, then their softmax (fp32 under autocast), then its gradient."""
         node = router_logits.node
-        if self.spec.output_router_logits and node is not None:
-            router_logits.storage.mark("activations")
-            node.saved = (*node.saved, router_logits.detach())
+        if not has_router_loss(self.spec, self.config) or node is None:
+            return
+        m = router_logits.machine
+        kept = m.empty(router_logits.shape, DType.fp32) if m.autocast else router_logits.detach()
+        kept.storage.mark("activations")
+        node.saved = (*node.saved, kept)
 
     def sparse_block(self, build: Builder) -> Layer:
         if self.router_comes_first:

@@ -66,8 +66,18 @@ def _adapters(spec: ModelSpec, config: TrainConfig) -> list[str]:
     return warnings
 
 
+def has_router_loss(spec: ModelSpec, config: TrainConfig) -> bool:
+    """Whether a load-balancing loss is added: asked for in the config, or by SFTTrainer wherever the config class knows
+    a `router_aux_loss_coef` (TRL 1.16 trainer/sft_trainer.py `aux_loss_enabled`; no family's default is 0)."""
+    return spec.output_router_logits or (config.stack == "trl" and spec.model_type in _HAVE_ROUTER_LOSS)
+
+
+_HAVE_ROUTER_LOSS = frozenset({"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+
+
 def _router_loss(spec: ModelSpec, config: TrainConfig) -> list[str]:
-    if not spec.output_router_logits:
+    if not has_router_loss(spec, config):
         return []
-    size = spec.num_moe_layers * config.tokens_per_micro_batch * spec.num_experts * DType[config.weight_dtype].itemsize
+    itemsize = 4 if config.autocast else DType[config.weight_dtype].itemsize
+    size = spec.num_moe_layers * config.tokens_per_micro_batch * spec.num_experts * itemsize
     return [f"`output_router_logits` adds a loss that keeps the routing of every layer until backward ({human(size)})"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Decoder
+from memplan.architectures.moe_warnings import has_router_loss
 from memplan.dtypes import DType
 from memplan.errors import MemplanError
 from memplan.memory.record import Stream
@@ -134,11 +135,11 @@ def _stack_loss(decoder: Decoder, outputs: _Outputs) -> Tensor:
     if config.autocast and outputs.logits is not None:
         outputs.logits = to(outputs.logits, DType.fp32)
     if config.stack == "trl" and outputs.fused is not None:
-        return _sft_loss(outputs.fused)
+        return _sft_loss(outputs.fused, decoder)
     return scale_in_place(outputs.loss)  # loss *= num_processes
 
 
-def _sft_loss(fused: FusedOutput) -> Tensor:
+def _sft_loss(fused: FusedOutput, decoder: Decoder) -> Tensor:
     """SFTTrainer.compute_loss: the mean over the labelled tokens, then entropy and token accuracy."""
     m = fused.loss.machine
     per_token_loss = neg(fused.log_probs)
@@ -146,6 +147,9 @@ def _sft_loss(fused: FusedOutput) -> Tensor:
     loss = div(summed, m.empty((), DType.int64))  # num_items_in_batch.clamp(min=1)
     del summed
     loss = mul_number(loss)  # times num_processes
+    if has_router_loss(decoder.spec, decoder.config):
+        # load_balancing_loss_func keeps the attention mask in fp32; the layers keep their routing
+        loss = div(loss, m.empty(decoder.batch, DType.fp32))
     assert fused.entropy is not None and fused.is_top1 is not None
     sums = [_gathered(count_true(fused.label_mask))]
     sums.append(_gathered(total(fused.entropy.detach())))
