@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from memplan.architectures.cohere import Cohere
 from memplan.architectures.decoder import Decoder
 from memplan.architectures.deepseek import DeepseekV2, DeepseekV3
 from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
+from memplan.architectures.glm import Glm, Glm4
 from memplan.architectures.gpt2 import GPT2
 from memplan.architectures.gpt_neox import GPTNeoX
-from memplan.architectures.gptj import GPTJ
 from memplan.architectures.gpt_oss import GptOss
+from memplan.architectures.gptj import GPTJ
+from memplan.architectures.granite import Granite
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
 from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
+from memplan.architectures.olmo import Olmo, Olmo2, Olmo3
+from memplan.architectures.phi3 import Phi3
+from memplan.architectures.smollm3 import SmolLM3
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
@@ -36,6 +42,15 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gemma": Gemma,
     "gemma2": Gemma2,
     "gemma3_text": Gemma3,
+    "phi3": Phi3,
+    "olmo": Olmo,
+    "olmo2": Olmo2,
+    "olmo3": Olmo3,
+    "smollm3": SmolLM3,
+    "granite": Granite,
+    "cohere": Cohere,
+    "glm": Glm,
+    "glm4": Glm4,
 }
 """Family of each `model_type`."""
 

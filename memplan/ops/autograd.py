@@ -208,11 +208,19 @@ def _validate(node: Node, outputs: list[Tensor | None]) -> None:
         if gradient is None:
             continue
         shape, dtype = edge[0].likes[edge[1]]
-        if gradient.shape != shape and prod(gradient.shape) != prod(shape):
-            outputs[index] = gradient = _reduced(gradient, shape)
+        if gradient.shape != shape:
+            alike = prod(gradient.shape) == prod(shape)
+            outputs[index] = gradient = _seen_as(gradient, shape) if alike else _reduced(gradient, shape)
         if gradient.dtype is not dtype:
             outputs[index] = node.machine.empty(shape, dtype)
         del gradient
+
+
+def _seen_as(gradient: Tensor, shape: Shape) -> Tensor:
+    """The gradient of a tensor that was used through a view: views have no node of their own here."""
+    seen = Tensor(gradient.storage, shape, gradient.dtype)
+    seen.is_reshaped = gradient.is_reshaped
+    return seen
 
 
 def _reduced(gradient: Tensor, shape: Shape) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.autocast import high
 from memplan.ops.autograd import Grads, Node, record, result_of, save_result
-from memplan.ops.pointwise import GradList, add_number, incoming, mean_last, mul, pow_number, rsqrt, to
+from memplan.ops.pointwise import GradList, add_number, incoming, mean_last, mul, pow_number, rsqrt, sub, to
 from memplan.ops.tensor import Parameter, Tensor
 
 
@@ -37,7 +37,8 @@ class RMSNorm:
 
 @dataclass(slots=True)
 class LateCastRMSNorm:
-    """gpt_oss's: (weight * x32 * rstd) in fp32, then back (models/gpt_oss/modeling_gpt_oss.py `GptOssRMSNorm`)."""
+    """gpt_oss's and olmo2's: (weight * x32 * rstd) in fp32, then back (models/gpt_oss/modeling_gpt_oss.py
+    `GptOssRMSNorm`, models/olmo2/modeling_olmo2.py `Olmo2RMSNorm`)."""
 
     weight: Parameter
 
@@ -64,6 +65,25 @@ class OffsetRMSNorm:
         del x32
         output = mul(output, add_number(to(self.weight, DType.fp32)))
         return to(output, x.dtype)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight]
+
+
+@dataclass(slots=True)
+class CohereLayerNorm:
+    """LayerNorm without bias, op by op in fp32 (models/cohere/modeling_cohere.py `CohereLayerNorm`)."""
+
+    weight: Parameter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = to(x, DType.fp32)
+        mean = mean_last(x)
+        variance = mean_last(pow_number(sub(x, mean)))
+        x = mul(sub(x, mean), rsqrt(add_number(variance)))
+        x = mul(to(self.weight, DType.fp32), x)
+        return to(x, dtype)
 
     def parameters(self) -> list[Parameter]:
         return [self.weight]

@@ -3,7 +3,8 @@
 One line each: what is saved / what backward allocates. Source: tools/autograd/derivatives.yaml and
 torch/csrc/autograd/FunctionsManual.cpp of torch 2.11.
 
-    add, sub        nothing                     / nothing: both inputs get the incoming gradient itself
+    add             nothing                     / nothing: both inputs get the incoming gradient itself
+    sub             nothing                     / the negated gradient for the second
     mul             each factor, if the other one needs a gradient / one product per factor
     mul by number   nothing                     / one product
     to(dtype)       nothing                     / a cast back
@@ -51,7 +52,7 @@ def broadcast(a: Shape, b: Shape) -> Shape:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, also a - b."""
+    """a + b."""
     m = a.machine
     node = record(m, _add_backward, (a, b))
     return result_of(node, m, broadcast(a.shape, b.shape), promote(a.dtype, b.dtype))
@@ -60,6 +61,18 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 def _add_backward(node: Node, grads: GradList) -> Grads:
     grad = incoming(grads)
     return [grad if needed else None for needed in node.needs]
+
+
+def sub(a: Tensor, b: Tensor) -> Tensor:
+    """a - b where b needs a gradient too: a product of its own, the negated one."""
+    m = a.machine
+    node = record(m, _sub_backward, (a, b))
+    return result_of(node, m, broadcast(a.shape, b.shape), promote(a.dtype, b.dtype))
+
+
+def _sub_backward(node: Node, grads: GradList) -> Grads:
+    grad = incoming(grads)
+    return grad if node.needs[0] else None, node.machine.empty(grad.shape, grad.dtype) if node.needs[1] else None
 
 
 def add_number(x: Tensor) -> Tensor:
@@ -256,6 +269,17 @@ def _cat_backward(node: Node, grads: GradList) -> Grads:
         Tensor(grad.storage, shape, grad.dtype) if needed else None
         for shape, needed in zip(node.meta, node.needs, strict=True)
     ]
+
+
+def stack_last(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack(tensors, dim=-1).flatten(-2); backward gives each a view of the gradient."""
+    return cat_last(tensors)
+
+
+def repeat_interleave_last(x: Tensor, width: int) -> Tensor:
+    """x.repeat_interleave(n, dim=-1), `width` wide then: a copy."""
+    m = x.machine
+    return m.empty((*x.shape[:-1], width), x.dtype)
 
 
 def expand_copy(x: Tensor, shape: Shape) -> Tensor:

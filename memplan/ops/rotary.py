@@ -6,7 +6,7 @@ of rotate_half writes into zeros of the whole.
 
 from __future__ import annotations
 
-from memplan.ops.pointwise import add, cat_last, mul, neg, slice_last
+from memplan.ops.pointwise import add, cat_last, mul, neg, repeat_interleave_last, slice_last, stack_last
 from memplan.ops.tensor import Tensor
 
 
@@ -26,6 +26,31 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     q_embed = rotate(q, cos, sin)
     k_embed = rotate(k, cos, sin)
     return q_embed, k_embed
+
+
+def rotate_half_pairs(x: Tensor) -> Tensor:
+    """rotate_half of models/cohere and models/glm: (-x[1], x[0], -x[3], x[2], ...)."""
+    half = x.shape[-1] // 2
+    first, second = slice_last(x, half), slice_last(x, half)
+    return stack_last([neg(second), first])
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, S, H] with cos, sin [1, 1, S, H], neighbours rotating as a pair."""
+    return add(mul(x, cos), mul(rotate_half_pairs(x), sin))
+
+
+def apply_partial_rotary_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """models/glm/modeling_glm.py: tables of the layer's own, the first half of the shared ones with each value twice."""
+    width, head_dim = cos.shape[-1], q.shape[-1]
+    cos = repeat_interleave_last(cos, width)
+    sin = repeat_interleave_last(sin, width)
+    q_rot, q_pass = slice_last(q, width), slice_last(q, head_dim - width)
+    k_rot, k_pass = slice_last(k, width), slice_last(k, head_dim - width)
+    q_embed = rotate_pairs(q_rot, cos, sin)
+    k_embed = rotate_pairs(k_rot, cos, sin)
+    q_embed = cat_last([q_embed, q_pass])
+    return q_embed, cat_last([k_embed, k_pass])
 
 
 def apply_partial_rotary(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""olmo, olmo2 and olmo3: rotary tables in fp32, so that queries and keys are rotated in fp32.
+
+Sources: transformers 5.17 models/olmo/modeling_olmo.py, models/olmo2/modeling_olmo2.py, models/olmo3/modeling_olmo3.py.
+What is special for memory:
+- the products with cos and sin are fp32 whatever the model's dtype, and cast back after the sum;
+- olmo: LayerNorm without weights, run in fp32 between two casts;
+- olmo2 and olmo3: norms after attention and MLP in place of before; q and k are normed over their whole projection;
+  a norm multiplies by its weight in fp32, and casts after it;
+- olmo3: layers with a sliding window, which have a rotary table of their own.
+"""
+
+from __future__ import annotations
+
+from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Attention, Layer, Norm, Shared
+from memplan.architectures.llama import Llama
+from memplan.dtypes import DType
+from memplan.ops.norm import LateCastRMSNorm, LayerNorm
+from memplan.ops.pointwise import add, to
+from memplan.ops.tensor import Tensor
+
+
+class Olmo(Llama):
+    def shared_dtype(self, hidden: DType) -> DType:
+        return DType.fp32
+
+    def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        q_type, k_type = q.dtype, k.dtype
+        q_embed, k_embed = super().rotate(q, k, shared)
+        q_embed = to(q_embed, q_type)
+        return q_embed, to(k_embed, k_type)
+
+    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
+        spec = self.spec
+        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+        kv_width = spec.num_key_value_heads * spec.head_dim
+        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
+        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
+        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
+        o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
+        q_norm = self.projection_norm(build, "self_attn.q_norm", width)
+        k_norm = self.projection_norm(build, "self_attn.k_norm", kv_width)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            q = q_norm(q_proj(x))
+            k = k_norm(k_proj(x))
+            v = v_proj(x)
+            q = self.heads(q, spec.num_attention_heads, rotated=True)
+            k = self.heads(k, spec.num_key_value_heads, rotated=True)
+            v = self.heads(v, spec.num_key_value_heads)
+            q, k = self.rotate(q, k, shared)
+            output, attn_weights = self.attention(q, k, v, shared)
+            output = output.view(*x.shape[:-1], width)
+            output = o_proj(output)
+            return output, attn_weights
+
+        return forward
+
+    def projection_norm(self, build: Builder, name: str, width: int) -> Norm:
+        """The norm over a whole projection of queries or keys; olmo has none."""
+        return lambda x: x
+
+    def norm(self, build: Builder, name: str, width: int) -> Norm:
+        norm = LayerNorm(None, None)
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            return to(norm(to(hidden_states, DType.fp32)), hidden_states.dtype)
+
+        return forward
+
+
+class Olmo2(Olmo):
+    def norm(self, build: Builder, name: str, width: int) -> Norm:
+        return LateCastRMSNorm(build.parameter(f"{name}.weight", (width,)))
+
+    def projection_norm(self, build: Builder, name: str, width: int) -> Norm:
+        return self.norm(build, name, width)
+
+    def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
+        attention = self.self_attention(build, shared)
+        mlp = self.mlp(build, kind)
+        post_attention_norm = self.norm(build, "post_attention_layernorm", self.spec.hidden_size)
+        post_mlp_norm = self.norm(build, "post_feedforward_layernorm", self.spec.hidden_size)
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            residual = hidden_states
+            hidden_states, _ = attention(hidden_states)
+            hidden_states = post_attention_norm(hidden_states)
+            hidden_states = add(residual, hidden_states)
+            residual = hidden_states
+            hidden_states = mlp(hidden_states)
+            hidden_states = post_mlp_norm(hidden_states)
+            hidden_states = add(residual, hidden_states)
+            return hidden_states  # noqa: RET504  the old one dies before the residual, as in the module
+
+        return forward
+
+
+class Olmo3(Olmo2):
+    sliding_layers_have_own_rotary = True
+
+    def attention_windows(self) -> dict[str, int | None]:
+        return {"full_attention": None, "sliding_attention": self.spec.sliding_window}
