@@ -253,7 +253,7 @@ class Builder:
         return self.parameter(name, shape, kind="adapters", dtype=dtype, loaded=made)
 
     def adapt(self, *parameters: BareParameter) -> None:
-        """Puts adapters around those of a module's bare parameters that PEFT targets (tuners/lora/layer.py `ParamWrapper`).
+        """Puts adapters around a module's bare parameters that PEFT targets (tuners/lora/layer.py `ParamWrapper`).
 
         Raises:
             MemplanError: dropout or DoRA, which such adapters do not take.
@@ -265,8 +265,9 @@ class Builder:
             if not rank:
                 continue
             if config.lora_dropout or config.use_dora:
+                asked = "use_dora" if config.use_dora else "lora_dropout"
                 raise MemplanError(
-                    f"PEFT's adapter of the parameter `{weight.name}` takes no `{'use_dora' if config.use_dora else 'lora_dropout'}`",
+                    f"PEFT's adapter of the parameter `{weight.name}` takes no `{asked}`",
                     hints=["leave it out, or name only attention projections in `target_modules`"],
                 )
             num_experts = weight.shape[0] if len(weight.shape) == 3 else 1

@@ -29,6 +29,7 @@ Layer = Callable[[Tensor], Tensor | tuple[Tensor, Tensor | None]]
 """Hidden states to hidden states; beside them what the layer returns and the model holds until the next one has
 returned (`outputs = block(...)`)."""
 Norm = Callable[[Tensor], Tensor]
+Mlp = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 

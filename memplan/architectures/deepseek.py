@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer
+from memplan.architectures.decoder import Attention, Mlp
 from memplan.architectures.moe import Moe
 from memplan.architectures.shared import Shared, causal_mask, positions
 from memplan.dtypes import DType
@@ -36,9 +36,7 @@ class DeepseekV2(Moe):
         nope, rope_dim, v_dim = spec.qk_nope_head_dim, spec.qk_rope_head_dim, spec.v_head_dim
         queries = self.query_projection(build)
         latent = spec.kv_lora_rank
-        kv_a_proj = build.linear(
-            "self_attn.kv_a_proj_with_mqa", hidden, latent + rope_dim, bias=spec.attention_bias
-        )
+        kv_a_proj = build.linear("self_attn.kv_a_proj_with_mqa", hidden, latent + rope_dim, bias=spec.attention_bias)
         kv_a_layernorm = build.rms_norm("self_attn.kv_a_layernorm", latent)
         kv_b_proj = build.linear("self_attn.kv_b_proj", latent, heads * (nope + v_dim))
         o_proj = build.linear("self_attn.o_proj", heads * v_dim, hidden, bias=spec.attention_out_bias)
@@ -71,7 +69,7 @@ class DeepseekV2(Moe):
 
         return forward
 
-    def query_projection(self, build: Builder) -> Layer:
+    def query_projection(self, build: Builder) -> Mlp:
         spec = self.spec
         width = spec.num_attention_heads * spec.qk_head_dim
         if spec.q_lora_rank is None:
@@ -94,7 +92,7 @@ class DeepseekV2(Moe):
         shared.cos = complex_rotary_table(machine, tokens, self.spec.qk_rope_head_dim)
         return shared
 
-    def sparse_block(self, build: Builder) -> Layer:
+    def sparse_block(self, build: Builder) -> Mlp:
         spec = self.spec
         experts = self.experts(build)
         gate = self.route(build)

@@ -45,27 +45,24 @@ class GptOss(Moe):
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
         attention = self.self_attention(build, shared)
         mlp = self.routed_mlp(build)
-        norm = self.norm(build, "input_layernorm")
-        post_norm = self.norm(build, "post_attention_layernorm")
+        norm = self.norm(build, "input_layernorm", self.spec.hidden_size)
+        post_norm = self.norm(build, "post_attention_layernorm", self.spec.hidden_size)
 
         def forward(hidden_states: Tensor) -> Tensor:
             residual = hidden_states
             hidden_states = norm(hidden_states)
-            hidden_states, beside = attention(hidden_states)
+            hidden_states, _ = attention(hidden_states)
             hidden_states = add(residual, hidden_states)
             residual = hidden_states
             hidden_states = post_norm(hidden_states)
-            hidden_states, beside = mlp(hidden_states)  # the module's `_`: probabilities, then routing weights
+            hidden_states, _ = mlp(hidden_states)  # in `_` the routing weights follow the probabilities
             hidden_states = add(residual, hidden_states)
             return hidden_states  # noqa: RET504  as in llama
 
         return forward
 
-    def norm(self, build: Builder, name: str) -> LateCastRMSNorm:
-        return LateCastRMSNorm(build.parameter(f"{name}.weight", (self.spec.hidden_size,)))
-
-    def final_norm(self, build: Builder) -> Norm:
-        return self.norm(build, "model.norm")
+    def norm(self, build: Builder, name: str, width: int) -> Norm:
+        return LateCastRMSNorm(build.parameter(f"{name}.weight", (width,)))
 
     def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
         spec = self.spec

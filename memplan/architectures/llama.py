@@ -8,7 +8,7 @@ from the norm.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Norm, Shared
+from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm, Shared
 from memplan.ops.pointwise import add, mul
 from memplan.ops.tensor import Tensor
 
@@ -44,7 +44,7 @@ class Llama(Decoder):
 
         return forward
 
-    def mlp(self, build: Builder, kind: str) -> Layer:
+    def mlp(self, build: Builder, kind: str) -> Mlp:
         return self.gated_mlp(build)
 
     def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
@@ -75,7 +75,7 @@ class Llama(Decoder):
 
         return forward
 
-    def gated_mlp(self, build: Builder, intermediate_size: int | None = None, prefix: str = "mlp") -> Layer:
+    def gated_mlp(self, build: Builder, intermediate_size: int | None = None, prefix: str = "mlp") -> Mlp:
         spec = self.spec
         hidden, width = spec.hidden_size, intermediate_size or spec.intermediate_size
         gate_proj = build.linear(f"{prefix}.gate_proj", hidden, width, bias=spec.mlp_bias)

@@ -8,9 +8,10 @@ B batch, S tokens, T = B * S, h hidden.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Shared
+from memplan.architectures.decoder import Attention, Mlp
 from memplan.architectures.llama import Llama
 from memplan.architectures.moe_warnings import has_router_loss, moe_warnings
+from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, TopKRouter, gated
@@ -30,7 +31,7 @@ class Moe(Llama):
         kind = super().layer_kind(index)
         return f"{kind} with experts" if self.spec.is_moe_layer(index) else kind
 
-    def mlp(self, build: Builder, kind: str) -> Layer:
+    def mlp(self, build: Builder, kind: str) -> Mlp:
         return self.sparse_block(build) if kind.endswith("experts") else self.gated_mlp(build)
 
     def warnings(self) -> list[str]:
@@ -47,7 +48,7 @@ class Moe(Llama):
         kept.storage.mark("activations")
         node.saved = (*node.saved, kept)
 
-    def sparse_block(self, build: Builder) -> Layer:
+    def sparse_block(self, build: Builder) -> Mlp:
         if self.router_comes_first:
             gate = self.router(build)
             experts = self.experts(build)
@@ -109,7 +110,7 @@ class Qwen2Moe(Moe):
         # Both masks are always made; a window of 0 tokens stands for none (`Qwen2MoeConfig.__post_init__`).
         return {"full_attention": None, "sliding_attention": self.spec.sliding_window or 0}
 
-    def sparse_block(self, build: Builder) -> Layer:
+    def sparse_block(self, build: Builder) -> Mlp:
         spec = self.spec
         gate = self.router(build)
         experts = self.experts(build)

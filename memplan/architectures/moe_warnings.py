@@ -1,4 +1,4 @@
-"""What the user of a mixture of experts should know: what is not quantised, what PEFT does to experts, what stays frozen."""
+"""What the user of a mixture of experts should know: what is not quantised, what PEFT does to experts."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def parameter_rank(model_type: str, targets: Targets, name: str, rank: int) -> i
         missing = {old for old, new in converted.items() if new == _FUSED} - old_names
         if missing:
             raise MemplanError(
-                f"PEFT cannot adapt a part of `{_FUSED}` of `{model_type}`: `{sorted(missing)[0]}` is missing from `target_modules`",
-                hints=["name both projections that are fused into it, or none"],
+                f"PEFT cannot adapt a part of the fused `{_FUSED}`: `target_modules` lacks `{sorted(missing)[0]}`",
+                hints=[f"for `{model_type}` name both projections that are fused into it, or none"],
             )
         return 2 * rank
     return 0

@@ -108,8 +108,8 @@ def _grouped_mm_experts(
     expert_ids_g, perm = sort(top_k_index.view(num_rows))
     selected = index_rows(hidden_states, m.empty((num_rows,), DType.int64))  # perm // num_top_k
     sample_weights_g = index_rows(sample_weights, perm)
-    histc_input = m.empty((num_rows,), DType.int32)
-    tokens_per_expert = m.empty((experts.num_experts,), DType.int32)
+    histc_input = m.empty((num_rows,), DType.int32)  # noqa: F841  a local of the module: it lives until the return
+    tokens_per_expert = m.empty((experts.num_experts,), DType.int32)  # noqa: F841  as well
     offsets = cumulative_sum(m, (experts.num_experts,), DType.int32)
     sentinel_mask = m.empty((num_rows, 1), DType.bool8)
     weight = experts.gate_up_proj.read(active)

@@ -68,7 +68,7 @@ def softmax_in_dtype(x: Tensor) -> Tensor:
 
 
 def _seen_by_heads(x: Tensor) -> Tensor:
-    """The product [B * N, S, H] as [B, N, S, H]: the gradient, which lies by tokens, is copied for several sequences."""
+    """The product [B * N, S, H] as [B, N, S, H]; its gradient lies by tokens and is copied for several sequences."""
     if x.shape[0] == 1:
         return x
     node = record(x.machine, same_size_backward, (x,))
