@@ -12,6 +12,7 @@ from memplan.dtypes import DType
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
 from memplan.timing.roofline import Constants, Roofline, roofline, shipped
+from memplan.timing.update import PASSES
 from memplan.timing.work import StepWork, step_work
 from memplan.train_config import TrainConfig
 
@@ -67,7 +68,7 @@ def step_time(
 def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Constants) -> StepTime:
     """The time of work that has been counted before: the same work on many GPUs costs one counting."""
     line = roofline(gpu, half_dtype(config), constants)
-    micro, update = _device(work, line)
+    micro, update = _device(work, line, config)
     micro_host, update_host = _host(work, config, constants)
     begin = end = 0.0
     parts = dict.fromkeys(("matrix products", "attention", "elementwise", "dequantisation", "optimizer"), 0.0)
@@ -103,7 +104,7 @@ def _advance(begin: float, end: float, host: float, device: float) -> tuple[floa
     return begin + host, max(end + device, begin + max(host, device))
 
 
-def _device(work: StepWork, line: Roofline) -> tuple[dict[str, dict[str, float]], float]:
+def _device(work: StepWork, line: Roofline, config: TrainConfig) -> tuple[dict[str, dict[str, float]], float]:
     """Device seconds of one micro-step by phase and part, and of the update."""
     micro: dict[str, dict[str, float]] = {}
     kernel = line.constants.kernel
@@ -120,7 +121,8 @@ def _device(work: StepWork, line: Roofline) -> tuple[dict[str, dict[str, float]]
             "elementwise": line.elementwise(count.written_bytes) + line.stream(tiles) + count.kernels * kernel,
             "dequantisation": quantised * share / passes,
         }
-    return micro, line.stream(work.update_bytes) + work.update.kernels * kernel
+    changed = line.update(work.update_bytes, blockwise=PASSES[config.optimizer].blockwise)
+    return micro, changed + line.stream(work.clip_bytes) + work.update.kernels * kernel
 
 
 def _host(work: StepWork, config: TrainConfig, c: Constants) -> tuple[dict[str, float], float]:
@@ -133,6 +135,8 @@ def _host(work: StepWork, config: TrainConfig, c: Constants) -> tuple[dict[str, 
     if work.num_checkpoints:
         backward += work.recomputed.kernels * c.launch_recompute + work.num_checkpoints * c.per_checkpoint + adapters
     update = work.update.kernels * c.launch_update
+    if PASSES[config.optimizer].loops:
+        update += work.num_trained * c.per_parameter
     if config.stack != "torch":
         update += c.per_trainer_step
     return {"forward": forward, "backward": backward}, update
@@ -143,4 +147,7 @@ def _floor(work: StepWork, line: Roofline) -> float:
     arithmetic += sum(a.flops / (line.half_flops if a.dtype.is_half else line.fp32_flops) for a in work.attentions)
     quantised = work.dequantisation.read_bytes + work.dequantisation.written_bytes
     traffic = work.forward.written_bytes + work.backward.written_bytes + sum(work.tile_bytes) + quantised
-    return work.num_micro_steps * (arithmetic + traffic / line.bandwidth) + work.update_bytes / line.bandwidth
+    return (
+        work.num_micro_steps * (arithmetic + traffic / line.bandwidth)
+        + (work.clip_bytes + work.update_bytes) / line.bandwidth
+    )

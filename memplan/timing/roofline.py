@@ -48,6 +48,8 @@ class Constants:
     """Bytes moved for each byte that an elementwise kernel writes."""
     dequantise: float = 0.5
     """Share of the bandwidth that 4-bit dequantisation reaches."""
+    blockwise: float = 0.4
+    """Share of the bandwidth that bitsandbytes' optimizers reach."""
     kernel: float = 2.5e-6
     """Floor of a kernel on the device."""
     launch_forward: float = 14e-6
@@ -58,6 +60,8 @@ class Constants:
     """Host, an op of backward."""
     launch_update: float = 6e-6
     """Host, an op of clipping and the optimizer."""
+    per_parameter: float = 40e-6
+    """Host, a parameter of an optimizer that goes through them one by one."""
     per_adapter: float = 60e-6
     """Host, an adapted layer's own Python, in each forward."""
     per_dequantisation: float = 60e-6
@@ -132,6 +136,9 @@ class Roofline:
 
     def stream(self, num_bytes: int) -> float:
         return num_bytes / (self.bandwidth * self.constants.stream)
+
+    def update(self, num_bytes: int, *, blockwise: bool) -> float:
+        return num_bytes / (self.bandwidth * (self.constants.blockwise if blockwise else self.constants.stream))
 
     def dequantise(self, num_bytes: int) -> float:
         return num_bytes / (self.bandwidth * self.constants.dequantise)

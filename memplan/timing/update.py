@@ -22,8 +22,10 @@ class Passes:
     """Passes in the parameter's own dtype: parameter, gradient, and states that follow its dtype."""
     state_bytes: float = 0.0
     """Bytes a parameter of states with a dtype of their own, read and written."""
-    per_parameter: int = 1
-    """Kernels (and Python iterations) for one parameter; 0 for a fused or foreach update."""
+    loops: bool = False
+    """Python goes through the parameters one by one; otherwise a few kernels take them all."""
+    blockwise: bool = False
+    """One of bitsandbytes' kernels, which quantise their states block by block."""
 
 
 _TWO_32, _TWO_8 = 2 * 2 * 4.0, 2 * 2 * (1 + 4 / 256)
@@ -33,48 +35,49 @@ _BNB = 3
 
 PASSES: dict[str, Passes] = {
     # p.mul_, m.lerp_(g), v.mul_, v.addcmul_(g, g), sqrt(v), sqrt.div_, sqrt.add_, p.addcdiv_(m, sqrt)
-    "adamw_torch": Passes(2 + 3 + 2 + 3 + 2 + 2 + 2 + 4, per_parameter=0),
+    "adamw_torch": Passes(2 + 3 + 2 + 3 + 2 + 2 + 2 + 4),
     # one kernel: p, g, m, v read; p, m, v written
-    "adamw_torch_fused": Passes(7, per_parameter=0),
-    "adamw_torch_forloop": Passes(20, per_parameter=8),
+    "adamw_torch_fused": Passes(7),
+    "adamw_torch_forloop": Passes(20, loops=True),
     # p.add_(g)
-    "sgd": Passes(3, per_parameter=0),
+    "sgd": Passes(3),
     # buf.mul_, buf.add_(g), p.add_(buf)
-    "sgd_momentum": Passes(8, per_parameter=0),
+    "sgd_momentum": Passes(8),
     # v.mul_, v.addcmul_(g, g), sqrt, add_, p.addcdiv_(g, avg)
-    "rmsprop": Passes(2 + 3 + 2 + 2 + 4, per_parameter=0),
+    "rmsprop": Passes(2 + 3 + 2 + 2 + 4),
     # sum.addcmul_(g, g), sqrt, add_, g * -lr, p.addcdiv_
-    "adagrad": Passes(3 + 2 + 2 + 2 + 4, per_parameter=0),
+    "adagrad": Passes(3 + 2 + 2 + 2 + 4),
     # in fp32: g**2 (2), two means (2), outer product (1), update * g (3), rms (1), div_ (2), mul_ (2), decay (2),
     # p.add_ (3)
-    "adafactor": Passes(0, state_bytes=18 * 4.0, per_parameter=20),
-    "adamw_bnb_8bit": Passes(_BNB, _TWO_8),
-    "adamw_8bit": Passes(_BNB, _TWO_8),
-    "paged_adamw_8bit": Passes(_BNB, _TWO_8),
-    "paged_adamw_32bit": Passes(_BNB, _TWO_32),
-    "lion_8bit": Passes(_BNB, _ONE_8),
-    "lion_32bit": Passes(_BNB, _ONE_32),
-    "paged_lion_8bit": Passes(_BNB, _ONE_8),
-    "paged_lion_32bit": Passes(_BNB, _ONE_32),
-    "rmsprop_bnb": Passes(_BNB, _ONE_32),
-    "rmsprop_bnb_8bit": Passes(_BNB, _ONE_8),
-    "rmsprop_bnb_32bit": Passes(_BNB, _ONE_32),
+    "adafactor": Passes(0, state_bytes=18 * 4.0, loops=True),
+    "adamw_bnb_8bit": Passes(_BNB, _TWO_8, loops=True, blockwise=True),
+    "adamw_8bit": Passes(_BNB, _TWO_8, loops=True, blockwise=True),
+    "paged_adamw_8bit": Passes(_BNB, _TWO_8, loops=True, blockwise=True),
+    "paged_adamw_32bit": Passes(_BNB, _TWO_32, loops=True, blockwise=True),
+    "lion_8bit": Passes(_BNB, _ONE_8, loops=True, blockwise=True),
+    "lion_32bit": Passes(_BNB, _ONE_32, loops=True, blockwise=True),
+    "paged_lion_8bit": Passes(_BNB, _ONE_8, loops=True, blockwise=True),
+    "paged_lion_32bit": Passes(_BNB, _ONE_32, loops=True, blockwise=True),
+    "rmsprop_bnb": Passes(_BNB, _ONE_32, loops=True, blockwise=True),
+    "rmsprop_bnb_8bit": Passes(_BNB, _ONE_8, loops=True, blockwise=True),
+    "rmsprop_bnb_32bit": Passes(_BNB, _ONE_32, loops=True, blockwise=True),
     # two states and a second momentum
-    "ademamix": Passes(_BNB, _TWO_32 + _ONE_32),
-    "ademamix_8bit": Passes(_BNB, _TWO_8 + _ONE_8),
-    "paged_ademamix_32bit": Passes(_BNB, _TWO_32 + _ONE_32),
-    "paged_ademamix_8bit": Passes(_BNB, _TWO_8 + _ONE_8),
+    "ademamix": Passes(_BNB, _TWO_32 + _ONE_32, loops=True, blockwise=True),
+    "ademamix_8bit": Passes(_BNB, _TWO_8 + _ONE_8, loops=True, blockwise=True),
+    "paged_ademamix_32bit": Passes(_BNB, _TWO_32 + _ONE_32, loops=True, blockwise=True),
+    "paged_ademamix_8bit": Passes(_BNB, _TWO_8 + _ONE_8, loops=True, blockwise=True),
 }
 
 _CLIP_PASSES = 3
 """clip_grad_norm_ reads the gradients for their norm, then reads and writes them (`_foreach_mul_`, always run)."""
 
 
-def update_passes(trained: Iterable[Weight], config: TrainConfig) -> int:
-    """Bytes read and written by clipping and the optimizer in one step."""
+def clip_bytes(trained: Iterable[Weight], config: TrainConfig) -> int:
+    """Bytes read and written by clipping."""
+    return _CLIP_PASSES * sum(w.numel * w.dtype.itemsize for w in trained) if config.max_grad_norm else 0
+
+
+def update_bytes(trained: Iterable[Weight], config: TrainConfig) -> int:
+    """Bytes read and written by the optimizer in one step."""
     passes = PASSES[config.optimizer]
-    clip = _CLIP_PASSES if config.max_grad_norm else 0
-    total = 0.0
-    for w in trained:
-        total += w.numel * ((passes.in_dtype + clip) * w.dtype.itemsize + passes.state_bytes)
-    return int(total)
+    return int(sum(w.numel * (passes.in_dtype * w.dtype.itemsize + passes.state_bytes) for w in trained))

@@ -16,7 +16,7 @@ from memplan.model_spec import ModelSpec
 from memplan.ops.quantized import dequantises
 from memplan.ops.tensor import Tape
 from memplan.timing.flops import AttentionWork, Linear, Matmul, attentions, linears, matmuls
-from memplan.timing.update import update_passes
+from memplan.timing.update import clip_bytes, update_bytes
 from memplan.train_config import TrainConfig
 
 
@@ -67,8 +67,10 @@ class StepWork:
     tile_bytes: tuple[int, int]
     """Read and written in place by the loss, forward and backward."""
     update: Count
+    clip_bytes: int
+    """Read and written by clipping."""
     update_bytes: int
-    """Read and written by clipping and the optimizer."""
+    """Read and written by the optimizer."""
     accumulation_bytes: int
     """Read and written by adding one micro-step's gradients to the last one's."""
 
@@ -117,7 +119,8 @@ def step_work(
         num_trained=len(trained),
         tile_bytes=_tile_bytes(spec, config),
         update=update,
-        update_bytes=update_passes(trained, config),
+        clip_bytes=clip_bytes(trained, config),
+        update_bytes=update_bytes(trained, config),
         accumulation_bytes=3 * sum(w.numel * w.dtype.itemsize for w in trained),
     )
 
