@@ -27,13 +27,11 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
     loading = Loading(empties_cache=config.method == "qlora" and config.kbit_prep)
     base = [w for w in weights if w.kind != "adapters"]
     casts: list[tuple[int, Weight]] = []
-    if config.double_quant and any(w.stored for w in base):
-        double_quant_map = [True]
-    else:
-        double_quant_map = []
+    makes_map = config.double_quant
     for w in sorted(base, key=lambda w: w.buffer):
         if w.stored:
-            _quantise(loading, w, config, double_quant_map)
+            _quantise(loading, w, config, makes_map=makes_map)
+            makes_map = False
             continue
         loaded = w.loaded_dtype or w.dtype
         slot = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)
@@ -50,13 +48,13 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
     return loading
 
 
-def _quantise(loading: Loading, w: Weight, config: TrainConfig, double_quant_map: list[bool]) -> None:
+def _quantise(loading: Loading, w: Weight, config: TrainConfig, *, makes_map: bool) -> None:
     """A weight made on the device and quantised there."""
     plain = loading.allocate(loading.base, w.numel * w.dtype.itemsize)
     if config.quant_type == "int8":
         _quantise_int8(loading, w)
     else:
-        _quantise_4bit(loading, w, config, double_quant_map)
+        _quantise_4bit(loading, w, config, makes_map=makes_map)
     loading.free(loading.base, plain)
 
 
@@ -69,7 +67,7 @@ def _quantise_int8(loading: Loading, w: Weight) -> None:
     loading.free(tape, half)
 
 
-def _quantise_4bit(loading: Loading, w: Weight, config: TrainConfig, double_quant_map: list[bool]) -> None:
+def _quantise_4bit(loading: Loading, w: Weight, config: TrainConfig, *, makes_map: bool) -> None:
     """bitsandbytes 0.50.2 functional.py `quantize_4bit`; the first nested one makes the global `name2qmap`."""
     blocks = -(-w.numel // BLOCK_SIZE)
     tape = loading.base
@@ -82,8 +80,7 @@ def _quantise_4bit(loading: Loading, w: Weight, config: TrainConfig, double_quan
         return
     loading.allocate(tape, 4, w.kind)
     centred = loading.allocate(tape, blocks * 4)
-    if double_quant_map:
-        double_quant_map.clear()
+    if makes_map:
         loading.allocate(tape, QMAP_BYTES, w.kind)
     loading.allocate(tape, -(-blocks // NESTED_BLOCK_SIZE) * 4, w.kind)
     loading.allocate(tape, blocks, w.kind)
