@@ -17,6 +17,7 @@ from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
 from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
 from memplan.architectures.olmo import Olmo, Olmo2, Olmo3
+from memplan.architectures.opt import OPT
 from memplan.architectures.phi3 import Phi3
 from memplan.architectures.smollm3 import SmolLM3
 from memplan.errors import UnknownNameError
@@ -28,6 +29,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gpt2": GPT2,
     "gpt_neox": GPTNeoX,
     "gptj": GPTJ,
+    "opt": OPT,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,

@@ -125,6 +125,15 @@ class Decoder:
         return self.config.attention if self.supports_sdpa else "eager"
 
     @property
+    def gets_mask(self) -> bool:
+        """Whether the model gets an attention_mask; SFTTrainer's collator always makes one."""
+        return self.config.padding or self.config.stack == "trl"
+
+    @property
+    def embedding_width(self) -> int:
+        return self.spec.word_embed_proj_dim or self.spec.hidden_size
+
+    @property
     def leaf_embeddings(self) -> bool:
         """Whether the embeddings are made to require a gradient, so that checkpoints of a frozen base have one to pass
         on (`enable_input_require_grads`, transformers modeling_utils.py)."""
@@ -140,10 +149,9 @@ class Decoder:
     def head(self, build: Builder) -> Callable[[Tensor], Tensor]:
         spec = self.spec
         if spec.tie_word_embeddings:
-            width = spec.word_embed_proj_dim or spec.hidden_size
-            return build.tied_head("lm_head", self.embedding_name, width, spec.vocab_size)
+            return build.tied_head("lm_head", self.embedding_name, self.embedding_width, spec.vocab_size)
         return build.linear(
-            "lm_head", spec.hidden_size, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
+            "lm_head", self.embedding_width, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
         )
 
     def score_cap(self) -> Callable[[Tensor], Tensor] | None:

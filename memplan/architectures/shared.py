@@ -103,16 +103,23 @@ def positions(m: Machine, tokens: int) -> Tensor:
 
 
 def causal_mask(
-    decoder: Decoder, m: Machine, dtype: DType, *, window: int | None, detects_packing: bool = True
+    decoder: Decoder,
+    m: Machine,
+    dtype: DType,
+    *,
+    window: int | None,
+    detects_packing: bool = True,
+    given: bool = False,
 ) -> Tensor | None:
     """The mask of causal attention over `window` tokens (all of them if None).
 
     sdpa: boolean [1 or B, 1, S, S], or None where `is_causal` says the same: no padding and a window longer than the
-    sequence (`_ignore_causal_mask_sdpa`). eager: additive, [B, 1, S, S] in `dtype`, always there.
+    sequence (`_ignore_causal_mask_sdpa`). eager: additive, [B, 1, S, S] in `dtype`, always there. `given` says that the
+    model makes an attention_mask of ones where it gets none.
     """
     (batch, tokens), padding = decoder.batch, decoder.config.padding
     eager = decoder.attention_implementation == "eager"
-    given = padding or decoder.config.stack == "trl"  # SFTTrainer's collator always makes an attention_mask
+    given = given or decoder.gets_mask
     if given:
         padding_mask = m.empty((batch, tokens), DType.bool8)
     elif detects_packing:
