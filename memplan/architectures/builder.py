@@ -24,7 +24,6 @@ from memplan.ops.quantized import Linear4bit, storage_bytes_4bit
 from memplan.ops.tensor import EXTERNAL, Machine, Parameter, Shape, Storage, Tensor, round_block
 from memplan.train_config import TrainConfig
 
-
 MAGNITUDE = "lora_magnitude_vector.weight"
 
 
@@ -85,7 +84,7 @@ class Builder:
         return DType.fp32 if self.config.method == "qlora" and self.config.kbit_prep else self.dtype
 
     def is_target(self, name: str) -> bool:
-        """Whether PEFT puts an adapter on the linear layer `name` (tuners/tuners_utils.py `check_target_module_exists`)."""
+        """Whether PEFT puts an adapter on the layer `name` (tuners/tuners_utils.py `check_target_module_exists`)."""
         if not self.config.trains_adapters:
             return False
         return adapts_module(self.spec.model_type, self.config.target_modules, name)
@@ -207,7 +206,8 @@ class Builder:
         shape = out_features, in_features
         self.weights.append(Weight(f"{name}.weight", shape, self.dtype, False, "weights", tuple(stored)))
         if config.quant_type == "int8":
-            return Linear8bitLt(in_features, out_features, self.parameter(f"{name}.bias", (out_features,)) if bias else None)
+            plain = self.parameter(f"{name}.bias", (out_features,)) if bias else None
+            return Linear8bitLt(in_features, out_features, plain)
         kept = self._bias_4bit(name, out_features) if bias else None
         return Linear4bit(in_features, out_features, config.double_quant, self.compute_dtype, kept)
 

@@ -26,7 +26,8 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
     tape = loading.adapters
     slots: dict[str, int] = {}
     dtypes: dict[str, DType] = {}
-    for w in sorted(trained, key=lambda w: w.name.partition(".lora_")[0] in base):  # linear layers, then bare parameters
+    # linear layers, then bare parameters
+    for w in sorted(trained, key=lambda w: w.name.partition(".lora_")[0] in base):
         if SAVED in w.name:
             continue
         name = w.name.partition(".lora_")[0]
@@ -44,7 +45,7 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
     for last in (False, True):
         for w in trained:
             wanted = w.dtype if last or SAVED in w.name else DType.fp32
-            if dtypes[w.name] is wanted or SAVED in w.name and not last:
+            if dtypes[w.name] is wanted or (SAVED in w.name and not last):
                 continue
             fresh = loading.allocate(tape, w.numel * wanted.itemsize, w.kind)
             loading.free(tape, slots[w.name])

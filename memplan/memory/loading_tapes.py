@@ -11,7 +11,7 @@ from memplan.ops.tensor import Tape, round_block
 
 @dataclass
 class Loading:
-    """Tapes over one frame: the base model, what k-bit preparation casts, the adapters, what the first forward casts."""
+    """Tapes over one frame: the base, what k-bit preparation casts, the adapters, what the first forward casts."""
 
     base: Tape = field(default_factory=list)
     casts: Tape = field(default_factory=list)

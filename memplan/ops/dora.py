@@ -109,7 +109,7 @@ class DoraEmbedding:
 
     def _extra(self, batch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         m = self.lora_A.machine
-        rank, vocab = self.lora_A.shape
+        vocab = self.lora_A.shape[1]
         width = self.lora_B.shape[0]
         lora_weight = m.empty((vocab, width), self.lora_A.dtype)  # its graph keeps parameters only
         m.calls("cublas")
