@@ -52,9 +52,7 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
             slots[w.name], dtypes[w.name] = fresh, wanted
 
 
-def _weight_norm(
-    loading: Loading, base: Weight, made: DType, config: TrainConfig, workspace_bytes: int
-) -> list[int]:
+def _weight_norm(loading: Loading, base: Weight, made: DType, config: TrainConfig, workspace_bytes: int) -> list[int]:
     """tuners/lora/dora.py `DoraLinearLayer.update_layer`, up to the norm of weight + scaling * B @ A: what it holds."""
     tape = loading.adapters
     size = base.numel * made.itemsize

@@ -107,9 +107,7 @@ def _pass(
     grid = -(-(num_outputs // output_vec) // step_output)
     if values < MAX_VALUES_PER_THREAD or grid > target:
         return None
-    blocks = max(
-        min(-(-target // grid), -(-values // MIN_VALUES_PER_THREAD)), -(-values // MAX_VALUES_PER_THREAD)
-    )
+    blocks = max(min(-(-target // grid), -(-values // MIN_VALUES_PER_THREAD)), -(-values // MAX_VALUES_PER_THREAD))
     if blocks <= 1:
         return None
     buffer = num_outputs * blocks

@@ -38,9 +38,7 @@ def ademamix(*, bits: int, paged: bool = False) -> Steps:
     return _in_place(2, bits, paged, _ademamix_states)
 
 
-def _in_place(
-    num_states: int, bits: int, paged: bool, states: Callable[[Plan, Param, int, int, bool], None]
-) -> Steps:
+def _in_place(num_states: int, bits: int, paged: bool, states: Callable[[Plan, Param, int, int, bool], None]) -> Steps:
     def steps(plan: Plan, groups: Sequence[Group]) -> None:
         has_qmaps = False
         for group in groups:
