@@ -35,7 +35,8 @@ class GPT2(Decoder):
         assert spec.max_position_embeddings is not None
         inputs_embeds = self.embed_tokens(build)
         build.position_ids = positions(build.machine, tokens)
-        wpe = Embedding(build.parameter("transformer.wpe.weight", (spec.max_position_embeddings, spec.hidden_size)))
+        shape = spec.max_position_embeddings, spec.hidden_size
+        wpe = Embedding(build.parameter("transformer.wpe.weight", shape, of="Embedding"))
         position_embeds = embedding(wpe, (1, tokens), build.position_ids)
         build.holds(inputs_embeds, position_embeds)
         return add(inputs_embeds, position_embeds)

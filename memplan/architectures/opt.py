@@ -39,7 +39,8 @@ class OPT(Decoder):
         held = [] if self.gets_mask else [m.empty(self.batch, DType.fp32)]
         build.position_ids = self.positions(m)
         rows = spec.max_position_embeddings + POSITION_OFFSET
-        table = Embedding(build.parameter("model.decoder.embed_positions.weight", (rows, spec.hidden_size)))
+        name = "model.decoder.embed_positions.weight"
+        table = Embedding(build.parameter(name, (rows, spec.hidden_size), of="Embedding"))
         pos_embeds = embedding(table, self.batch, m.empty(self.batch, DType.int64))
         if self.embedding_width != spec.hidden_size:
             project_in = build.linear("model.decoder.project_in", self.embedding_width, spec.hidden_size)
