@@ -43,16 +43,16 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_gro
     if num_groups > 1:
         shape = (batch, heads, tokens, k.shape[-1])
         k, v = expand_copy(k, shape), expand_copy(v, (*shape[:3], v.shape[-1]))
-    k = mul_number(k)
+    scaled_k = mul_number(k)
     query = contiguous(q) if copies else q
-    keys = contiguous(k) if copies and num_groups == 1 else k
+    keys = contiguous(scaled_k) if copies and num_groups == 1 else scaled_k
     scores = bmm(query, keys, (batch, heads, tokens, tokens))
-    del query, keys
+    del query, keys, scaled_k
     probabilities = safe_softmax(add_in_place(scores, mask))
     del scores
     values = contiguous(v) if copies and num_groups == 1 else v
     output = bmm(probabilities, values, (batch, heads, tokens, v.shape[-1]))
-    del probabilities, values, q, k, mask
+    del probabilities, values, k, q, mask  # the repeated keys live to the end
     return to_token_order(output, copies_back=copies)
 
 
