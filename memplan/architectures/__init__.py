@@ -17,9 +17,12 @@ from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
 from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
 from memplan.architectures.olmo import Olmo, Olmo2, Olmo3
+from memplan.architectures.phi import Phi
 from memplan.architectures.opt import OPT
 from memplan.architectures.phi3 import Phi3
 from memplan.architectures.smollm3 import SmolLM3
+from memplan.architectures.stablelm import StableLm
+from memplan.architectures.starcoder2 import Starcoder2
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
@@ -41,6 +44,10 @@ FAMILIES: dict[str, type[Decoder]] = {
     "deepseek_v3": DeepseekV3,
     "qwen2": Llama,
     "qwen3": Llama,
+    "granite": Granite,
+    "phi": Phi,
+    "stablelm": StableLm,
+    "starcoder2": Starcoder2,
     "gemma": Gemma,
     "gemma2": Gemma2,
     "gemma3_text": Gemma3,

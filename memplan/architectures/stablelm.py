@@ -1,0 +1,77 @@
+"""stablelm: LayerNorm with bias, a part of each head rotated, gated MLP; attention and MLP side by side or in turn.
+
+Source: transformers 5.17 models/stablelm/modeling_stablelm.py. What is special for memory: the rotated part of the head
+is concatenated with the rest, so that q and k lie by heads and attention's result is copied once more.
+"""
+
+from __future__ import annotations
+
+from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Attention, Layer, Norm, Shared
+from memplan.architectures.llama import Llama
+from memplan.ops.pointwise import add, dropout
+from memplan.ops.rotary import apply_partial_rotary_pair
+from memplan.ops.tensor import Tensor
+
+
+class StableLm(Llama):
+    def norm(self, build: Builder, name: str, width: int) -> Norm:
+        return build.layer_norm(name, width)
+
+    def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
+        spec = self.spec
+        attention = self.self_attention(build, shared)
+        mlp = self.gated_mlp(build)
+        norm = self.norm(build, "input_layernorm", spec.hidden_size)
+        p = spec.hidden_dropout
+        if spec.parallel_residual:
+
+            def side_by_side(hidden_states: Tensor) -> Tensor:
+                residual = hidden_states
+                hidden_states = norm(hidden_states)
+                self_attn_output, _ = attention(hidden_states)
+                mlp_output = mlp(hidden_states)
+                mlp_output = dropout(mlp_output, p)
+                hidden_states = add(add(residual, self_attn_output), mlp_output)
+                return hidden_states
+
+            return side_by_side
+        post_norm = self.norm(build, "post_attention_layernorm", spec.hidden_size)
+
+        def in_turn(hidden_states: Tensor) -> Tensor:
+            residual = hidden_states
+            hidden_states = norm(hidden_states)
+            self_attn_output, _ = attention(hidden_states)
+            residual = add(residual, self_attn_output)
+            mlp_output = mlp(post_norm(residual))
+            mlp_output = dropout(mlp_output, p)
+            hidden_states = add(residual, mlp_output)
+            return hidden_states
+
+        return in_turn
+
+    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
+        spec = self.spec
+        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+        kv_width = spec.num_key_value_heads * spec.head_dim
+        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
+        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
+        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
+        o_proj = build.linear(f"self_attn.{self.output_name}", width, hidden, bias=spec.attention_out_bias)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            q, k, v = q_proj(x), k_proj(x), v_proj(x)
+            q = self.heads(q, spec.num_attention_heads, rotated=True)
+            k = self.heads(k, spec.num_key_value_heads, rotated=True)
+            v = self.heads(v, spec.num_key_value_heads)
+            assert shared.cos is not None and shared.sin is not None
+            q, k = apply_partial_rotary_pair(q, k, shared.cos, shared.sin)
+            attn_output, attn_weights = self.attention(q, k, v, shared, by_heads=True)
+            attn_output = attn_output.view(*x.shape[:-1], width)
+            attn_output = o_proj(attn_output)
+            return attn_output, attn_weights
+
+        return forward
+
+    output_name = "o_proj"
+    """Name of the attention's output projection."""
