@@ -122,7 +122,8 @@ class DeepseekV3(DeepseekV2):
 
     def route(self, build: Builder) -> Route:
         router = RouterV3(self.router(build).weight, self)
-        build.buffer("mlp.gate.e_score_correction_bias", (self.spec.num_experts,), build.dtype)
+        # loaded in fp32 whatever the rest is (`_keep_in_fp32_modules_strict`)
+        build.buffer("mlp.gate.e_score_correction_bias", (self.spec.num_experts,), DType.fp32)
         return router
 
 
