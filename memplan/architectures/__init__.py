@@ -56,7 +56,6 @@ FAMILIES: dict[str, type[Decoder]] = {
     "olmo2": Olmo2,
     "olmo3": Olmo3,
     "smollm3": SmolLM3,
-    "granite": Granite,
     "cohere": Cohere,
     "glm": Glm,
     "glm4": Glm4,
