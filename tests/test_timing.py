@@ -1,0 +1,255 @@
+"""The time model: FLOPs against the real models, bytes and kernels against hand counts, the roofline's own laws."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+
+import memplan
+from memplan import gpus
+from memplan.architectures import FAMILIES
+from memplan.calibration.record import Case, Record, dump_line
+from memplan.dtypes import DType
+from memplan.memory.optimizers import OPTIMIZERS
+from memplan.model_spec import ModelSpec
+from memplan.timing import fit as fitting
+from memplan.timing.flops import Matmul, attentions, linears, matmuls
+from memplan.timing.model import LAUNCHES, step_time
+from memplan.timing.roofline import Constants, roofline, shipped
+from memplan.timing.update import PASSES
+from memplan.timing.work import step_work
+from memplan.train_config import TrainConfig
+from tests.oracle.configs import CONFIGS
+
+H200 = gpus.get("h200")
+TOKENS = 64
+# How many rows each expert of a mixture gets depends on the data, and grouped products have no FLOP formula in torch.
+DENSE = sorted(name for name in FAMILIES if name in CONFIGS and not ModelSpec.from_hf_config(CONFIGS[name]).is_moe)
+
+
+def work_of(model: str | ModelSpec, **fields):
+    estimate = memplan.estimate(model, **fields)
+    return step_work(estimate.program, estimate.model, estimate.config)
+
+
+def counted_flops(family: str, method: str) -> int:
+    """FLOPs of one forward and backward of the real model, as torch counts them."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(1)
+    config = transformers.AutoConfig.for_model(**CONFIGS[family])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model.train()
+        if method == "lora":
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
+            model.enable_input_require_grads()
+        ids = torch.zeros((2, TOKENS), dtype=torch.long)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", DENSE)
+def test_flops_are_those_torch_counts_in_the_real_model(family: str, method: str) -> None:
+    spec = ModelSpec.from_hf_config(CONFIGS[family])
+    config = TrainConfig(method=method, stack="torch", seq_len=TOKENS, micro_batch_size=2, attention="eager")
+    estimate = memplan.estimate(spec, config)
+    layers = linears(estimate.program.weights, spec, config)
+    flops = sum(m.flops for m in matmuls(layers, spec, config)) + sum(a.flops for a in attentions(spec, config))
+    real = counted_flops(family, method)
+    assert flops == pytest.approx(real, rel=2e-3)  # torch also counts the outer product of the rotary table
+
+
+def test_llama_7b_takes_six_flops_a_parameter_and_token_plus_attention() -> None:
+    """PaLM's formula (Chowdhery et al. 2022, appendix B), causal half, less the embedding that is only looked up."""
+    work = work_of("llama-7b", method="full", stack="torch", seq_len=2048)
+    multiplied = 6_738_415_616 - 32000 * 4096 - 65 * 4096  # published count, less embedding and norms
+    attention = 32 * 4096 * 2048 * 2 * (1 + 2.5)  # of 12 * L * h * S: the half, 2.5 times in backward
+    assert work.model_flops / work.tokens == pytest.approx(6 * multiplied + attention, rel=1e-9)
+
+
+def test_lora_leaves_the_base_gradients_out() -> None:
+    full = work_of("llama-7b", method="full", stack="torch", seq_len=1024)
+    lora = work_of("llama-7b", method="lora", stack="torch", seq_len=1024)
+    base = [sum(m.flops for m in work.matmuls if m.part != "adapter") for work in (full, lora)]
+    assert base[1] / base[0] == pytest.approx(2 / 3)
+    assert not [m for m in lora.matmuls if m.part != "adapter" and m.phase == "dw"]
+
+
+def test_mixtral_computes_with_its_active_parameters() -> None:
+    """13B active of 47B (Jiang et al. 2024, "Mixtral of Experts")."""
+    work = work_of("mixtral-8x7b", method="full", stack="torch", seq_len=512)
+    forward = sum(m.flops for m in work.matmuls if m.phase == "forward")
+    assert forward / (2 * work.tokens) == pytest.approx(12.9e9, rel=0.02)
+
+
+def test_checkpointing_adds_one_forward_of_the_layers() -> None:
+    plain = work_of("llama-7b", method="lora", stack="torch", seq_len=512)
+    saved = work_of("llama-7b", method="lora", stack="torch", seq_len=512, gradient_checkpointing=True)
+    in_layers = sum(m.flops for m in plain.matmuls if m.phase == "forward" and m.part != "head")
+    assert sum(m.flops for m in saved.matmuls if m.phase == "recompute") == in_layers
+    assert saved.model_flops == plain.model_flops
+    assert saved.hardware_flops > plain.hardware_flops
+    assert saved.backward.kernels > plain.backward.kernels + plain.forward.kernels * 0.8
+
+
+def test_four_bit_weights_are_made_whole_in_every_pass() -> None:
+    plain = work_of("llama-7b", method="qlora", stack="torch", seq_len=512).dequantisation
+    saved = work_of("llama-7b", method="qlora", stack="torch", seq_len=512, gradient_checkpointing=True).dequantisation
+    params_in_layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert plain.written_bytes == 2 * 2 * params_in_layers
+    assert saved.written_bytes == 3 * 2 * params_in_layers
+    assert (plain.calls, saved.calls) == (2 * 224, 3 * 224)
+    assert plain.read_bytes == pytest.approx(2 * params_in_layers * (0.5 + 1 / 64), rel=2e-3)
+
+
+def test_every_optimizer_has_its_passes() -> None:
+    assert set(PASSES) == set(OPTIMIZERS)
+
+
+def test_fused_adamw_moves_seven_copies_of_the_parameters() -> None:
+    work = work_of("llama-7b", method="full", stack="torch", optimizer="adamw_torch_fused")
+    assert work.update_bytes == 7 * 2 * 6_738_415_616
+    assert work.clip_bytes == 3 * 2 * 6_738_415_616
+    assert work_of("llama-7b", method="full", stack="torch", max_grad_norm=0.0).clip_bytes == 0
+
+
+def test_elementwise_kernels_write_a_share_of_what_the_program_allocates() -> None:
+    """Written bytes and kernels are the tapes': what matrix products write is theirs."""
+    estimate = memplan.estimate("llama-7b", method="lora", stack="torch", seq_len=512)
+    work = step_work(estimate.program, estimate.model, estimate.config)
+    plays = [p for p in estimate.program.plays if p.step == 1 and p.phase in ("forward", "loss")]
+    sizes = [size for play in plays for _, size in play.tape if size]
+    products = sum(m.out_bytes for m in work.matmuls if m.phase == "forward")
+    assert work.forward.kernels == len(sizes)
+    assert work.forward.written_bytes == sum(sizes) - products > 0
+
+
+def test_accumulated_steps_repeat_the_second() -> None:
+    two = memplan.estimate("llama-7b", method="lora", gradient_accumulation_steps=2)
+    five = memplan.estimate("llama-7b", method="lora", gradient_accumulation_steps=5)
+    shown = step_work(two.program, two.model, two.config, num_micro_steps=5)
+    assert shown == step_work(five.program, five.model, five.config)
+    assert two.process_bytes == five.process_bytes
+    assert step_time(two, H200, num_micro_steps=5).step_seconds == step_time(five, H200).step_seconds
+
+
+def test_no_step_is_faster_than_the_peaks_allow() -> None:
+    random_choice = random.Random(7)
+    for _ in range(12):
+        fields = {
+            "method": random_choice.choice(["full", "lora", "qlora"]),
+            "stack": random_choice.choice(["torch", "trl"]),
+            "seq_len": random_choice.choice([256, 1024, 4096]),
+            "micro_batch_size": random_choice.choice([1, 4]),
+        }
+        time = step_time(memplan.estimate("qwen3-0.6b", **fields), H200)
+        assert 0 < time.floor_seconds < time.step_seconds, fields
+        assert 0 < time.mfu < 1, fields
+        assert time.step_seconds >= max(time.host_seconds, sum(time.device_seconds.values())) * 0.999, fields
+
+
+def test_more_tokens_take_longer_and_are_used_better() -> None:
+    times = [
+        step_time(memplan.estimate("llama-7b", method="lora", micro_batch_size=size), H200) for size in (1, 2, 4, 8)
+    ]
+    assert [t.step_seconds for t in times] == sorted(t.step_seconds for t in times)
+    assert [t.tokens_per_second for t in times] == sorted(t.tokens_per_second for t in times)
+
+
+def test_a_small_model_is_bound_by_its_launches_and_a_large_batch_is_not() -> None:
+    assert step_time(memplan.estimate("qwen3-0.6b", method="lora"), H200).bound_by == LAUNCHES
+    large = memplan.estimate("llama-7b", method="full", stack="torch", micro_batch_size=8, seq_len=2048)
+    assert step_time(large, H200).bound_by != LAUNCHES
+
+
+def test_small_sides_of_a_product_are_inefficient() -> None:
+    line = roofline(H200, DType.bf16, Constants())
+
+    def rate(rows: int, cols: int, depth: int) -> float:
+        product = Matmul(rows, cols, depth, DType.bf16, 1, "forward", "base")
+        return product.flops / line.matmul(product)
+
+    assert rate(8192, 8192, 8192) > 2 * rate(64, 4096, 4096)
+    assert rate(8192, 8192, 8192) < H200.bf16_flops
+    assert rate(4096, 16, 4096) < rate(4096, 4096, 4096) / 5
+    fp32 = Matmul(4096, 4096, 4096, DType.fp32, 1, "forward", "base")
+    assert line.matmul(fp32) > 5 * line.matmul(dataclasses.replace(fp32, dtype=DType.bf16))
+
+
+@pytest.mark.parametrize("name", ["v100-32gb", "t4"])
+def test_a_gpu_without_bf16_cannot_run_it(name: str) -> None:
+    with pytest.raises(memplan.MemplanError, match="no bf16"):
+        step_time(memplan.estimate("qwen3-0.6b"), gpus.get(name))
+
+
+def test_a_gpu_of_unknown_peaks_has_no_time() -> None:
+    with pytest.raises(memplan.MemplanError, match="peaks of `24GiB`"):
+        step_time(memplan.estimate("qwen3-0.6b"), gpus.get("24GiB"))
+
+
+def test_shipped_constants_are_plausible_and_say_where_they_come_from() -> None:
+    fit = shipped()
+    assert fit.gpu == "h200"
+    assert "measured runs" in fit.source
+    values = dataclasses.asdict(fit.constants)
+    assert all(value > 0 for value in values.values())
+    for name in ("matmul", "matmul_fp32", "flash", "efficient", "attention_fp32", "stream", "dequantise", "blockwise"):
+        assert values[name] <= 1.05, name  # shares of a peak; a datasheet's can be passed by a little
+    assert {"rows", "median", "p90", "bias"} <= set(fit.held_out)
+
+
+def write_records(path: Path, constants: Constants) -> int:
+    """A measurement file of steps that take exactly what `constants` say; returns its number of runs."""
+    lines = []
+    config = {"model_type": "llama", "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 8000}
+    for width in (512, 1024, 2048):
+        for method in ("full", "lora", "qlora"):
+            for tokens in (256, 4096):
+                case = Case(
+                    id=f"w{width}-{method}-{tokens}",
+                    hf_config={**config, "hidden_size": width, "num_hidden_layers": 4},
+                    config={"method": method, "stack": "torch", "seq_len": tokens, "micro_batch_size": 4},
+                )
+                estimate = memplan.estimate(ModelSpec.from_hf_config(case.hf_config), case.train_config())
+                seconds = step_time(estimate, H200, constants).step_seconds
+                lines.append(dump_line(Record(case=case, status="ok", step_seconds=(9.0, seconds * 1.2, seconds))))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+def test_a_fit_recovers_the_constants_that_made_its_rows(tmp_path: Path) -> None:
+    truth = dataclasses.replace(Constants(), launch_forward=40e-6, traffic=3.2, matmul=0.6, per_step=6e-3)
+    number = write_records(tmp_path / "made.jsonl", truth)
+    rows, left_out = fitting.load_rows([tmp_path / "made.jsonl"], seed=0, held_out=0.3)
+    assert (len(rows), left_out) == (number, {})
+    assert 0 < sum(row.held_out for row in rows) < number
+    before = fitting.score(rows, H200, Constants())["all"]
+    found = fitting.fit([row for row in rows if not row.held_out], H200)
+    after = fitting.score([row for row in rows if row.held_out], H200, found)["all"]
+    assert before["median"] > 0.1
+    assert after["median"] < 0.04
+    assert abs(after["bias"]) < 0.04
+
+
+def test_the_split_is_by_run_and_seed(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.jsonl", Constants())
+    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(text.replace('"id": "w', '"id": "again-w'), encoding="utf-8")
+    rows, _ = fitting.load_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], seed=0, held_out=0.4)
+    held = {row.id.removeprefix("again-"): row.held_out for row in rows}
+    assert all(held[row.id.removeprefix("again-")] == row.held_out for row in rows)
+    other, _ = fitting.load_rows([tmp_path / "a.jsonl"], seed=1, held_out=0.4)
+    assert [row.held_out for row in other] != [row.held_out for row in rows[: len(other)]]
