@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.architectures.bloom import Bloom
 from memplan.architectures.cohere import Cohere
 from memplan.architectures.decoder import Decoder
 from memplan.architectures.deepseek import DeepseekV2, DeepseekV3
@@ -33,6 +34,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gpt_neox": GPTNeoX,
     "gptj": GPTJ,
     "opt": OPT,
+    "bloom": Bloom,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,

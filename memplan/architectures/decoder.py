@@ -130,6 +130,12 @@ class Decoder:
         return self.config.padding or self.config.stack == "trl"
 
     @property
+    def embedding_dtype(self) -> DType:
+        """dtype of the token embeddings: that of the unquantised weights (see `Builder.frozen_dtype`)."""
+        prepared = self.config.method == "qlora" and self.config.kbit_prep
+        return DType.fp32 if prepared else DType[self.config.weight_dtype]
+
+    @property
     def embedding_width(self) -> int:
         return self.spec.word_embed_proj_dim or self.spec.hidden_size
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.ops.pointwise import add, add_number, mul, mul_number, pow_number, saves_input, saves_result
+from memplan.ops.autograd import Grads, Node, attach, record, save_result
+from memplan.ops.pointwise import (
+    GradList,
+    add,
+    add_number,
+    incoming,
+    mul,
+    mul_number,
+    pow_number,
+    saves_input,
+    saves_result,
+)
 from memplan.ops.tensor import Tensor
 
 
@@ -21,6 +32,34 @@ def gelu_new(x: Tensor) -> Tensor:
 def gelu_fast(x: Tensor) -> Tensor:
     """0.5 * x * (1 + tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))) (`FastGELUActivation`)."""
     return mul(mul_number(x), add_number(saves_result(mul(mul_number(x), add_number(mul(mul_number(x), x))))))
+
+
+def bloom_gelu(x: Tensor) -> Tensor:
+    """models/bloom `GeLUFunction`: an autograd.Function that saves its input once its result is there."""
+    m = x.machine
+    node = record(m, _bloom_gelu_backward, (x,))
+    with m.no_grad():
+        result = mul(mul_number(x), add_number(_bloom_tanh(x)))
+    attach(node, result)
+    save_result(node, x)
+    return result
+
+
+def _bloom_tanh(x: Tensor) -> Tensor:
+    """tanh(0.79788456 * x * (1 + 0.044715 * x * x))"""
+    return saves_result(mul(mul_number(x), add_number(mul(mul_number(x), x))))
+
+
+def _bloom_gelu_backward(node: Node, grads: GradList) -> Grads:
+    """`bloom_gelu_back`, op by op."""
+    x, grad = node.unpack(), incoming(grads)
+    with node.machine.no_grad():
+        tanh_out = _bloom_tanh(x)
+        ff = add(
+            mul(mul_number(x), mul(add_number(mul(tanh_out, tanh_out)), add_number(mul(mul_number(x), x)))),
+            mul_number(add_number(tanh_out)),
+        )
+        return (mul(ff, grad),)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -96,6 +96,32 @@ def _bmm_backward(node: Node, grads: GradList) -> Grads:
     return d_a, d_b
 
 
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, out_shape: tuple[int, ...]) -> Tensor:
+    """torch.baddbmm(bias, a, b, alpha=number) with a bias that needs no gradient: bmm, whose gradients are scaled into
+    tensors of their own (BaddbmmBackward0: `maybe_multiply(..., alpha)`, batch1 before batch2)."""
+    m = a.machine
+    b, a, bias = low(b), low(a), low(bias)
+    node = None
+    if m.grad_enabled and (a.requires_grad or b.requires_grad):
+        saved = ([a] if b.requires_grad else []) + ([b] if a.requires_grad else [])
+        node = record(m, _baddbmm_backward, (a, b), saved, meta=(a.shape, b.shape))
+    result = result_of(node, m, out_shape, a.dtype)
+    m.calls("cublas")
+    return result
+
+
+def _baddbmm_backward(node: Node, grads: GradList) -> Grads:
+    grad, m = incoming(grads), node.machine
+    saved = [node.unpack(i) for i in range(len(node.saved))]
+    out: list[Tensor | None] = []
+    for shape, needed in zip(node.meta, node.needs, strict=True):
+        product = m.empty(shape, grad.dtype) if needed else None
+        out.append(m.empty(shape, grad.dtype) if needed else None)
+        del product
+    del saved
+    return out
+
+
 def low_dtype(x: Tensor) -> DType:
     """dtype in which a matrix product of `x` runs."""
     return DType.bf16 if x.machine.autocast and x.dtype.is_floating else x.dtype
