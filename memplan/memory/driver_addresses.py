@@ -5,7 +5,7 @@ choice decides which block is left over, and with it what is reserved and what i
 allocation traces of some 200 runs on an H200 (driver 580.159.04; the same distances in every process):
 
 - the context leaves an arena of 414 MiB and a hole of 6 MiB below it, which are filled upwards;
-- the kernels that the first forward pass loads take 64 to 78 MiB of that arena;
+- the kernels that the first forward pass loads take 64 to 78 MiB of that arena, the first backward some 10 MiB;
 - after that, the driver reserves multiples of 32 MiB, each below the one before, and fills what a segment leaves of
   its reservation before it makes another, the newest first;
 - a segment that is given back leaves a hole that is filled again.
@@ -22,8 +22,8 @@ from memplan.units import MIB
 
 ARENA_BYTES = 414 * MIB
 LOW_HOLE_BYTES = 6 * MIB
-FIRST_FORWARD_BYTES = 74 * MIB
-"""What loading kernels takes in the first forward pass: 74 MiB in full fine-tuning, 64 and 78 in other runs."""
+KERNEL_BYTES = {"forward": 74 * MIB, "backward": 10 * MIB}
+"""What loading kernels takes when a phase runs first: forward 74 MiB in full fine-tuning, 64 and 78 in other runs."""
 RESERVATION_BYTES = 32 * MIB
 
 _ARENA_AT = 1 << 46  # any number: only the order of addresses matters
@@ -46,14 +46,17 @@ class DriverAddresses:
         self._owner: dict[int, list[Hole]] = {}
         self._events: list[SegmentEvent] = []
         self._num_seen = 0
+        self._to_load = dict(KERNEL_BYTES)
 
     def follow(self, events: list[SegmentEvent]) -> None:
         """Learns from the allocator's own list of driver calls which segments were given back."""
         self._events = events
 
-    def load_kernels(self) -> None:
-        """The first forward pass begins."""
-        self.take(FIRST_FORWARD_BYTES)
+    def load_kernels(self, phase: str) -> None:
+        """`phase` begins: if it is the first of its kind, its kernels are loaded."""
+        size_bytes = self._to_load.pop(phase, 0)
+        if size_bytes:
+            self.take(size_bytes)
 
     def take(self, size_bytes: int) -> int:
         """The address of a new segment."""

@@ -38,7 +38,6 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
     addresses = DriverAddresses()
     allocator = CachingAllocator(config, new_segment_address=addresses.take)
     addresses.follow(allocator.segment_events)
-    has_run = False
     result = Simulation()
     frames: list[list[Block | None]] = [[None] * frame.num_slots for frame in program.frames]
     here: tuple[int, str] | None = None
@@ -50,9 +49,7 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
                 result.phases.append({})
             memory = result.phases[play.step].setdefault(play.phase, PhaseMemory(0, 0, 0, 0))
             allocator.reset_peak()
-            if play.phase == "forward" and not has_run:
-                has_run = True
-                addresses.load_kernels()
+            addresses.load_kernels(play.phase)
         for to_frame, to_slot, from_frame, from_slot in play.links:
             frames[to_frame][to_slot] = frames[from_frame][from_slot]
         if play.tape is EMPTY_CACHE:
