@@ -17,6 +17,7 @@ from memplan.architectures.granite import Granite
 from memplan.architectures.llama import Llama
 from memplan.architectures.mistral import Mistral
 from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
+from memplan.architectures.mpt import Mpt
 from memplan.architectures.olmo import Olmo, Olmo2, Olmo3
 from memplan.architectures.phi import Phi
 from memplan.architectures.opt import OPT
@@ -35,6 +36,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gptj": GPTJ,
     "opt": OPT,
     "bloom": Bloom,
+    "mpt": Mpt,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,

@@ -216,6 +216,12 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return result
 
 
+def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+    """x.masked_fill(mask, number): a copy; saves the mask, backward fills a copy of the gradient."""
+    m = x.machine
+    return result_of(record(m, same_size_backward, (x,), (mask,)), m, x.shape, x.dtype)
+
+
 def slice_last(x: Tensor, width: int) -> Tensor:
     """A view of `width` of the last dimension; backward writes it into zeros of the whole."""
     m = x.machine
