@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from memplan import gpus
@@ -11,6 +11,8 @@ from memplan.errors import MemplanError
 from memplan.estimate import Estimate, ModelLike, estimate
 from memplan.gpus import GpuSpec
 from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.runtime import device_for, runtime_for
+from memplan.ops.device import Device
 from memplan.residuals import band
 from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, Method
 
@@ -28,6 +30,8 @@ class Column:
     """One method. What is resident is told wherever the peak falls."""
 
     estimate: Estimate
+    verdicts: Mapping[str, Verdict]
+    """By card, smallest first."""
 
     @property
     def weight_bytes(self) -> int:
@@ -69,20 +73,6 @@ class Column:
             w.numel * (w.loaded_dtype or w.dtype).itemsize for w in weights if w.kind == "weights" and not w.buffer
         )
 
-    def verdict(self, gpu: GpuSpec) -> Verdict:
-        """Whether the process gets by with what the driver reports, nothing else running on the card.
-
-        `close` lies between the process as it grows when nothing holds it back, with the band of measured residuals
-        to spare, and its tensors alone: there the allocator's retries decide, which `memplan.fit` plays.
-        """
-        run = self.estimate
-        margin = band(run.config, run.tensor_bytes)
-        if run.process_bytes + margin <= gpu.memory_bytes:
-            return "fits"
-        beside = run.process_bytes - run.reserved_bytes
-        least = run.tensor_bytes - run.components.get("workspaces", 0) + beside
-        return "does not fit" if least - margin > gpu.memory_bytes else "close"
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -117,12 +107,39 @@ def compare(
         raise MemplanError("`method` is what is compared", hints=["`memplan estimate` takes one"])
     if num_variants < 1:
         raise MemplanError(f"`variants` is a number of models to store, not {num_variants}")
-    columns = []
+    runs = []
     for method in METHODS:
         run = {name: value for name, value in given.items() if name not in _HAVE_NO_USE_FOR[method]}
-        columns.append(Column(estimate(model, run, gpu=gpu, allocator=allocator, method=method)))
-    card = columns[0].estimate.gpu
+        runs.append(estimate(model, run, gpu=gpu, allocator=allocator, method=method))
     asked = {row.name: row for row in map(gpus.get, gpus.COMMON)}
-    if card is not None:
-        asked[card.name] = card
-    return Comparison(tuple(columns), num_variants, tuple(sorted(asked.values(), key=lambda row: row.memory_bytes)))
+    if runs[0].gpu is not None:
+        asked[runs[0].gpu.name] = runs[0].gpu
+    cards = tuple(sorted(asked.values(), key=lambda row: row.memory_bytes))
+    return Comparison(tuple(Column(run, verdicts(run, cards)) for run in runs), num_variants, cards)
+
+
+def verdicts(run: Estimate, cards: Iterable[GpuSpec]) -> dict[str, Verdict]:
+    """What to expect of `run` on each card, nothing else running on it.
+
+    `close` lies between the process as it grows when nothing holds it back, with the band of measured residuals to
+    spare, and its tensors alone: there the allocator's retries decide, which `memplan.fit` plays.
+    """
+    played = {_kind(run.gpu): run}
+    said: dict[str, Verdict] = {}
+    for card in cards:
+        kind = _kind(card)
+        if kind not in played:
+            played[kind] = Estimate(run.model, run.config, card, run.allocator_config)
+        here = played[kind]
+        margin = band(run.config, here.tensor_bytes)
+        beside = runtime_for(card).beside_reserved(run.config, here.program.managed_bytes)
+        if here.reserved_bytes + beside + margin <= card.memory_bytes:
+            said[card.name] = "fits"
+        else:
+            said[card.name] = "does not fit" if here.tensor_bytes + beside - margin > card.memory_bytes else "close"
+    return said
+
+
+def _kind(gpu: GpuSpec | None) -> tuple[Device, int]:
+    """What of a card decides the sequence; cards of one kind share a play of it."""
+    return replace(device_for(gpu), name=""), runtime_for(gpu).workspace_bytes

@@ -202,7 +202,7 @@ class CompareReport(Report):
                     optimizer_state_bytes=column.optimizer_state_bytes,
                     activation_bytes=column.activation_bytes,
                     variants_storage_bytes=column.storage_bytes(comparison.num_variants),
-                    verdicts={gpu.name: column.verdict(gpu) for gpu in comparison.gpus},
+                    verdicts=dict(column.verdicts),
                     **run_fields(column.estimate),
                 )
                 for column in comparison.columns

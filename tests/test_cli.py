@@ -69,7 +69,7 @@ def test_estimate_shows_every_assumption_and_stars_those_not_given(memplan: Memp
         assert name.replace("_", "-") in out
     assert re.search(r"seq-len 512( |\n)", out)
     assert "micro-batch-size 1*" in out
-    assert re.search(r"method qlora( |\n)", out)
+    assert re.search(r"method +qlora( |\n)", out)
 
 
 def test_estimate_leaves_out_what_the_method_has_no_use_for(memplan: Memplan) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from memplan import MemplanError, estimate, gpus
-from memplan.compare import METHODS, Column, Comparison, compare
+from memplan.compare import METHODS, Comparison, compare, verdicts
 from memplan.fit import Fitter
 from memplan.memory.allocator_config import AllocatorConfig
 
@@ -50,18 +52,24 @@ def test_cards_are_common_ones_and_the_one_asked_about(comparison: Comparison) -
 
 
 def test_verdicts_agree_with_fit() -> None:
-    """What compares says of a card, `fit` says too; between the two lies what only `fit` decides."""
-    column = Column(estimate(MODEL, seq_len=256))
-    mib = column.estimate.process_bytes // 2**20
-    seen = set()
-    config = column.estimate.config
-    for size in (mib // 2, mib - 512, mib - 64, mib, mib + 64, mib * 2):
-        card = gpus.get(f"{size}MiB")
-        verdict = column.verdict(card)
-        seen.add(verdict)
-        if verdict != "close":
-            assert Fitter(column.estimate.model, card, AllocatorConfig(), card.memory_bytes).verdict(config) == verdict
-    assert seen == {"fits", "close", "does not fit"}
+    """What compare says of a card, `fit` says too; between the two lies what only `fit` decides."""
+    run = estimate(MODEL, seq_len=256, gpu="2GiB")
+    mib = run.process_bytes // 2**20
+    sizes = [gpus.get(f"{size}MiB") for size in (mib // 2, mib - 512, mib - 64, mib - 32, mib, mib + 64, mib * 2)]
+    said = verdicts(run, [*sizes, *map(gpus.get, gpus.COMMON)])
+    assert set(said.values()) == {"fits", "close", "does not fit"}
+    for card in [*sizes, gpus.get("rtx-4060"), gpus.get("rtx-5090")]:
+        if said[card.name] != "close":
+            fitter = Fitter(run.model, card, AllocatorConfig(), card.memory_bytes)
+            assert fitter.verdict(run.config) == said[card.name]
+
+
+def test_a_card_is_judged_by_its_own_constants() -> None:
+    """Ada's context and workspaces are smaller than Hopper's."""
+    h200, rtx_4090 = estimate(MODEL, gpu="h200"), estimate(MODEL, gpu="rtx-4090")
+    between = dataclasses.replace(gpus.get("rtx-4090"), memory_bytes=(h200.process_bytes + rtx_4090.process_bytes) // 2)
+    assert rtx_4090.process_bytes < h200.process_bytes
+    assert verdicts(h200, [between]) == verdicts(rtx_4090, [between]) == {"rtx-4090": "fits"}
 
 
 @pytest.mark.parametrize(

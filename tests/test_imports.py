@@ -23,7 +23,7 @@ MODULES = {
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "units", "dtypes"),
     ("hf_config", "hf_families", "hf_rules", "model_spec", "train_config", "gpu_table"),
-    ("catalog", "gpus", "prices"),
+    ("catalog", "gpus", "prices", "profiles"),
     ("ops",),
     ("architectures",),
     ("memory",),

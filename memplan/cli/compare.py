@@ -74,7 +74,7 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     yield ""
     yield heading("on common cards", "nothing else on the card; `memplan fit` decides what is close")
     verdicts = [
-        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *(_SAYS[column.verdict(gpu)] for column in table))
+        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *(_SAYS[column.verdicts[gpu.name]] for column in table))
         for gpu in comparison.gpus
     ]
     yield from columns([("", "", *(_HEADS[c.estimate.config.method] for c in table)), *verdicts], "lrrrr", gap=4)

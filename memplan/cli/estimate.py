@@ -105,8 +105,9 @@ def run_lines(config: TrainConfig) -> Iterator[str]:
     unused |= {"reentrant"} if not config.gradient_checkpointing else set()
     unused |= {"double_quant"} if config.quant_type == "int8" else set()
     for panel, names in options.fields_by_panel().items():
-        said = [f"{name.replace('_', '-')}{_SPACE}{_stated(config, name)}" for name in names if name not in unused]
-        yield from _packed(said, first=f"  {panel.lower():13}  ")
+        label = panel.partition(" ")[0].lower()
+        said = [_stated(config, name, label) for name in names if name not in unused]
+        yield from _packed(said, first=f"  {label:9}  ")
 
 
 def _packed(items: list[str], *, first: str) -> list[str]:
@@ -114,8 +115,9 @@ def _packed(items: list[str], *, first: str) -> list[str]:
     return [line.replace(_SPACE, " ") for line in paragraph(f"{_SPACE}· ".join(items), first=first)]
 
 
-def _stated(config: TrainConfig, name: str) -> str:
-    return _value(getattr(config, name)) + ("" if name in config.model_fields_set else "*")
+def _stated(config: TrainConfig, name: str, label: str) -> str:
+    option = "" if name == label else name.replace("_", "-") + _SPACE
+    return option + _value(getattr(config, name)) + ("" if name in config.model_fields_set else "*")
 
 
 def _value(value: object) -> str:
@@ -151,6 +153,7 @@ def tier_lines(result: Estimate) -> Iterator[str]:
         "lrl",
     )
     source = f"{gib(beside)} beside reserved for driver, context and kernels, {runtime.basis}: {runtime.source}"
+    source += "; name your card with --gpu" if result.gpu is None else ""
     yield from (dim(line) for line in paragraph(source))
     if result.gpu is not None:
         gpu = result.gpu
