@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from memplan import gpus
@@ -30,8 +30,8 @@ class Column:
     """One method. What is resident is told wherever the peak falls."""
 
     estimate: Estimate
-    verdicts: Mapping[str, Verdict]
-    """By card, smallest first."""
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    """By card that was asked about, smallest first."""
 
     @property
     def weight_bytes(self) -> int:
