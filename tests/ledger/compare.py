@@ -13,7 +13,8 @@ from memplan.memory.program import Composer
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import FAKE_CPU
 from memplan.train_config import TrainConfig
-from tests.oracle.step import PHASES, OracleResult, run
+from tests.oracle.loop import PHASES
+from tests.oracle.step import OracleResult, run
 
 # TrainConfig's names, where the oracle has shorter ones.
 _RENAMED = {"micro_batch_size": "batch", "seq_len": "seq", "gradient_accumulation_steps": "accumulation"}

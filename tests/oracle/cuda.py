@@ -43,7 +43,7 @@ aten = torch.ops.aten
 
 def scalar_values(padding: bool) -> Callable[[torch.Tensor], Any]:
     """What `.item()` gives on a fake tensor, by the function that asks: whether a mask is all ones, positions are one
-    sequence, whether tokens count for the loss. Else False (opt drops no layer), and 1 for numbers (an optimizer's step)."""
+    sequence, tokens count for the loss. Else False (opt drops no layer), and 1 for numbers (an optimizer's step)."""
     answers = {
         "find_packed_sequence_indices": True,
         "_ignore_causal_mask_sdpa": not padding,
@@ -197,6 +197,20 @@ def _on_host_without_device(tracker: Tracker, real: Callable[..., torch.Tensor])
     return factory
 
 
+def _to(tracker: Tracker, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Of a host tensor, `to(tensor)` and `to(tensor.device)` are copies on the GPU (states that optimizers make)."""
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], torch.Tensor | torch.device) and tracker.is_on_host(self):
+            other = args[0]
+            if isinstance(other, torch.device) or not tracker.is_on_host(other):
+                dtype = self.dtype if isinstance(other, torch.device) else other.dtype
+                return torch.empty_strided(self.size(), self.stride(), dtype=dtype, device=self.device)
+        return real(self, *args, **kwargs)
+
+    return to
+
+
 @contextmanager
 def emulated(tracker: Tracker, sdpa_first: str) -> Iterator[None]:
     """Everything above that is not a table of the tracker, as long as the context lasts."""
@@ -204,6 +218,7 @@ def emulated(tracker: Tracker, sdpa_first: str) -> Iterator[None]:
     real_autocast = torch.is_autocast_enabled
     patches: dict[str, Any] = {
         "torch.nn.functional.scaled_dot_product_attention": sdpa.make(sdpa_first),
+        "torch.Tensor.to": _to(tracker, torch.Tensor.to),
         "torch.nn.functional.dropout": _dropout(functional.dropout),
         "torch.nn.functional.softmax": _softmax(functional.softmax),
         # PEFT and others ask without naming a device, which means CUDA.

@@ -56,7 +56,6 @@ def train(
     optimizer: torch.optim.Optimizer,
     inputs: Batch,
     phases: Phases,
-    *,
     num_steps: int,
     accumulation: int,
 ) -> None:

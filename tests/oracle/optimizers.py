@@ -19,8 +19,20 @@ from tests.oracle.tracker import Tracker
 PAGED_NUMEL = 1e5  # bitsandbytes/optim/optimizer.py `get_state_buffer`: larger states live in managed memory
 
 
-def make(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make(name: str, model: nn.Module, stack: str) -> torch.optim.Optimizer:
     """The optimizer called `name`; `adamw_torch_forloop` and `sgd_momentum` are additions of this module."""
+    optimizer = _make(name, parameter_groups(model, stack))
+    if stack != "torch" and "8bit" in name:
+        # Trainer.create_optimizer: embeddings keep their states in fp32.
+        from bitsandbytes.optim import GlobalOptimManager
+
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def _make(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if name in TORCH:
         return TORCH[name](groups)
     if name == "adafactor":
@@ -60,22 +72,27 @@ def parameter_groups(model: nn.Module, stack: str) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups if group]
 
 
-def _code_table(**_: Any) -> torch.Tensor:
-    return torch.empty(256)
-
-
 @contextmanager
 def bitsandbytes_on_gpu(tracker: Tracker) -> Iterator[None]:
-    """The code tables are copied to the GPU; a large paged state is not in the allocator's memory."""
+    """The code tables are made on the host; a large paged state is not in the allocator's memory. What Trainer told
+    the manager, which is one for the process, is forgotten."""
     import bitsandbytes.functional
+    from bitsandbytes.optim import GlobalOptimManager
     from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    def create_dynamic_map(**_: Any) -> torch.Tensor:
+        with tracker.on_host():
+            return torch.empty(256)
 
     def get_state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         with tracker.on_host() if self.is_paged and p.numel() >= PAGED_NUMEL else ExitStack():
             return torch.zeros_like(p, dtype=dtype)
 
     with (
-        mock.patch.object(bitsandbytes.functional, "create_dynamic_map", _code_table),
+        mock.patch.object(bitsandbytes.functional, "create_dynamic_map", create_dynamic_map),
         mock.patch.object(Optimizer8bit, "get_state_buffer", get_state_buffer),
     ):
-        yield
+        try:
+            yield
+        finally:
+            GlobalOptimManager.get_instance().initialize()

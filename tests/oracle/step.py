@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.oracle import cuda, loop, optimizers, trainers, trl_loss
-from tests.oracle.loop import PHASES, Batch, Phases
+from tests.oracle.loop import Batch, Phases
 from tests.oracle.model import build, fakeify, stored_tensors
 from tests.oracle.tracker import Event, Tracker
 
@@ -125,7 +125,6 @@ def run(
                 tracker._allocate(tensor.untyped_storage()._cdata)
         model_bytes = tracker.live_bytes
         trainable = [p for p in model.parameters() if p.requires_grad]
-        step_optimizer = optimizers.make(optimizer, optimizers.parameter_groups(model, stack))
         if loss == "chunked":
             lifted.enter_context(trl_loss.on_gpu())
             trl_loss.add_fused_head(model, stack)
@@ -139,17 +138,16 @@ def run(
             with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
                 return model(**inputs, **fused, use_cache=False).loss
 
-        lengths: dict[str, int] = {"num_steps": NUM_STEPS, "accumulation": accumulation}
-        if stack == "torch":
-            with tracker:
-                tracker.begin("inputs")
-                loop.train(compute_loss, trainable, step_optimizer, make_batch(), phases, **lengths)
-        else:
-            if autocast:
-                trainers.prepare_model(model)
-            trainer = trainers.make_trainer(model, stack)
-            with tracker:
-                trainers.train(trainer, model, trainable, step_optimizer, make_batch, phases, **lengths)
+        if stack != "torch" and autocast:
+            trainers.prepare_model(model)
+        with tracker:
+            tracker.begin("prepare")
+            step_optimizer = optimizers.make(optimizer, model, stack)
+            if stack == "torch":
+                loop.train(compute_loss, trainable, step_optimizer, make_batch(), phases, NUM_STEPS, accumulation)
+            else:
+                trainer = trainers.make_trainer(model, stack)
+                trainers.train(trainer, model, trainable, step_optimizer, make_batch, phases, NUM_STEPS, accumulation)
     return OracleResult(
         phases=phases.steps,
         model_bytes=model_bytes,

@@ -125,6 +125,9 @@ class Tracker(TorchDispatchMode):
         finally:
             self._host -= 1
 
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host_keys
+
     # --- storages ---------------------------------------------------------------------------------------------
     def watch(self, tensor: torch.Tensor, op: str = "", where: str = "") -> bool:
         """Start counting the storage under `tensor`; False if it is known already."""

@@ -93,7 +93,6 @@ def train(
     optimizer: torch.optim.Optimizer,
     make_batch: Callable[[], Batch],
     phases: Phases,
-    *,
     num_steps: int,
     accumulation: int,
 ) -> None:
