@@ -28,7 +28,7 @@ BytesOf = Callable[[dict[str, Any], TrainConfig], int]
 _WIDTHS = ((576, 9, 64), (768, 12, 64), (1024, 16, 64), (1536, 12, 128), (2048, 32, 64), (2560, 20, 128),
            (3072, 24, 128), (4096, 32, 128))  # fmt: skip
 _VOCABS = (32000, 50304, 65024, 102400, 128256, 151936, 201088, 256000)
-_SEQ_LENS = (256, 500, 512, 1000, 1024, 2048, 3000, 4096, 8192)
+_SEQ_LENS = (256, 500, 512, 1000, 1024, 2048, 3000, 4096, 8192, 16384)
 _METHODS = ("lora", "qlora", "full", "lora", "qlora")  # adapters twice: they have more knobs
 _STACKS = ("torch", "trainer", "trl")
 _FULL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd", "lion_8bit")
@@ -117,7 +117,7 @@ def _draw_shape(rng: random.Random, model_type: str) -> Shape:
 def _draw_config(rng: random.Random, model_type: str, method: str, stack: str) -> dict[str, Any]:
     """Fields of a TrainConfig; about half of the knobs stay at what the stack sets."""
     said: dict[str, Any] = {"method": method, "stack": stack, "seq_len": rng.choice(_SEQ_LENS)}
-    said["micro_batch_size"] = rng.choice((1, 1, 2, 3, 4, 8))
+    said["micro_batch_size"] = rng.choice((1, 1, 2, 3, 4, 8, 16))
     if rng.random() < 0.25:
         said["gradient_accumulation_steps"] = rng.choice((2, 4))
     if rng.random() < 0.5:

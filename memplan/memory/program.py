@@ -212,7 +212,7 @@ class Composer:
                 break
             tape = layer.backward
             if f == frames[0] and embedding.holds_out:
-                tape = [event for event in tape if event != (PORT_X, 0)]
+                tape = _without_x(tape)
             self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)])
             before, slot = f, layer.dx_slot
         if not self.config.reentrant:
@@ -235,7 +235,8 @@ class Composer:
         program.play(released, step, e, embedding.after_loss)
         for f, layer in zip(frames, layers, strict=True):
             if layer.after_loss:
-                program.play(released, step, f, layer.after_loss)
+                held = f == frames[0] and embedding.holds_out  # the embedding lets go of what both keep
+                program.play(released, step, f, _without_x(layer.after_loss) if held else layer.after_loss)
         self.loop.end_micro_step(step, h, head.segment.out_slot)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
@@ -265,3 +266,8 @@ class Composer:
         program.play("optimizer", step, frame, plan.later if step else plan.first)
         for f, slots in gradients:
             program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])
+
+
+def _without_x(tape: Tape) -> Tape:
+    """`tape` where another piece lets go of the hidden states that come in."""
+    return [event for event in tape if event != (PORT_X, 0)]
