@@ -13,7 +13,6 @@ from memplan.cost import PriceSource, check_provider, price_of, price_table
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import ModelLike, make_config
 from memplan.gpus import GpuSpec
-from memplan.memory.runtime import runtime_for
 from memplan.model_spec import ModelSpec
 from memplan.plan_search import Candidate, Lane, Search
 from memplan.prices import Kind, Price
@@ -105,12 +104,11 @@ def plan(
         raise MemplanError("one price for several GPUs", hints=["name one with --gpus, or give --prices file.csv"])
     runs = runs_of(said, methods, total_batch_size)
     limits = _Limits(max_usd, max_hours)
-    search = Search(spec, runs, num_tokens)
-    smallest = min(cards, key=lambda card: (runtime_for(card).workspace_bytes, card.name))
+    search = Search(spec, runs, num_tokens, cards)
     lanes = []
     for card in cards:
         paid, _ = price_of(card, price=price, rows=table, provider=provider, kind=kind)
-        lanes += [search.lane(card, method, paid, smallest) for method in runs]
+        lanes += [search.lane(card, method, paid) for method in runs]
     while open_ := [lane for lane in _wanted(lanes, limits) if lane.candidate and not lane.candidate.fits]:
         search.settle(open_)
     front = _front(lanes, limits)

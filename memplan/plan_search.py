@@ -1,28 +1,29 @@
 """The search behind `plan`: count each run once for all GPUs, rank by the roofline, play only what would be chosen.
 
+    time                       as `cost` says it
     a lower bound of memory    live tensors and what the process takes beside the allocator; it needs no allocator
-    a lower bound of hours     the fastest run whose lower bound of memory fits
-    the truth                  the run as it is, played on the caching allocator for the GPU's own runtime
+    memory                     the run as it is, played on the caching allocator for the GPU's own runtime
 
-A run is played when its lower bounds would put it on the front; if it does not fit after all, the next one of its GPU
-and method takes its place. What is not on the front by its lower bounds cannot be on it in truth. So the cost grows
-with methods times micro-batches times two, plus the length of the front, and hardly with the number of GPUs.
+A run is played when it would be on the front if it fitted; if it does not fit after all, the next one of its GPU and
+method, a slower one, takes its place. What is not on the front then cannot be on it in truth. So the cost grows with
+methods times micro-batches times two, plus the length of the front, and hardly with the number of GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from memplan.cost import Interval, amount_of, bounds
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
-from memplan.memory.runtime import runtime_for
+from memplan.memory.runtime import device_for, runtime_for
 from memplan.model_spec import ModelSpec
+from memplan.ops.device import Device
 from memplan.prices import Price
-from memplan.timing.model import StepTime, half_dtype, step_time, time_of
+from memplan.timing.model import StepTime, half_dtype, time_of
 from memplan.timing.roofline import roofline, shipped
 from memplan.timing.work import StepWork, step_work
 from memplan.train_config import Method, TrainConfig
@@ -56,12 +57,14 @@ class Candidate:
 
 
 class Counted:
-    """One run counted for every GPU: its work, and the tensors alone as a lower bound of its memory."""
+    """One run counted for all GPUs whose kernels use memory alike: its work, and the tensors alone as a lower bound of
+    its memory. `card` is the one of them whose workspaces are smallest."""
 
     def __init__(self, spec: ModelSpec, config: TrainConfig, card: GpuSpec) -> None:
         self.spec, self.config = spec, config
-        # Gradients that wait for the next micro-step only add to what one micro-step takes.
-        self.estimate = Estimate(spec, config.but(gradient_accumulation_steps=1), card)
+        steps = config.gradient_accumulation_steps
+        # The tensors of every micro-step after the second are those of the second.
+        self.estimate = Estimate(spec, config.but(gradient_accumulation_steps=min(steps, 2)), card)
 
     @cached_property
     def work(self) -> StepWork:
@@ -70,11 +73,6 @@ class Counted:
 
     def least_bytes(self, card: GpuSpec) -> int:
         return self.estimate.tensor_bytes + runtime_for(card).beside_reserved(self.config)
-
-
-def played(spec: ModelSpec, config: TrainConfig, card: GpuSpec) -> Estimate:
-    """The estimate of `config`; every micro-step after the second repeats it, in memory and in time."""
-    return Estimate(spec, config.but(gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2)), card)
 
 
 @dataclass
@@ -93,14 +91,18 @@ class Lane:
 class Search:
     """Counts, ranks and plays the runs of one plan."""
 
-    def __init__(self, spec: ModelSpec, runs: dict[Method, list[TrainConfig]], num_tokens: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, runs: dict[Method, list[TrainConfig]], num_tokens: int, cards: Iterable[GpuSpec]
+    ) -> None:
         self.spec, self.runs, self.num_tokens = spec, runs, num_tokens
         self.num_configurations = self.num_played = 0
-        self._counted: dict[TrainConfig, Counted] = {}
+        by_workspace = sorted(cards, key=lambda card: (-runtime_for(card).workspace_bytes, card.name))
+        self._smallest = {_device(card): card for card in by_workspace}
+        self._counted: dict[tuple[Device, TrainConfig], Counted] = {}
         self._played: dict[tuple[object, TrainConfig], Estimate] = {}
 
-    def lane(self, card: GpuSpec, method: Method, price: Price | None, smallest: GpuSpec) -> Lane:
-        """The runs of `method` on `card`; `smallest` is the GPU whose runtime takes least."""
+    def lane(self, card: GpuSpec, method: Method, price: Price | None) -> Lane:
+        """The runs of `method` on `card`."""
         lane = Lane(card, method, price)
         self.num_configurations += len(self.runs[method])
         try:
@@ -109,7 +111,7 @@ class Search:
             lane.why_none = error.message
             return lane
         least = 0
-        for counted in self._small_enough(card, method, smallest):
+        for counted in self._small_enough(card, method):
             needed = counted.least_bytes(card)
             least = min(least or needed, needed)
             if needed <= card.memory_bytes:
@@ -120,15 +122,16 @@ class Search:
         self._take_next(lane)
         return lane
 
-    def _small_enough(self, card: GpuSpec, method: Method, smallest: GpuSpec) -> Iterator[Counted]:
+    def _small_enough(self, card: GpuSpec, method: Method) -> Iterator[Counted]:
         """Runs by ascending micro-batch, up to the first whose tensors alone are too large."""
         too_large: set[bool] = set()
+        device = _device(card)
         for config in self.runs[method]:
             if config.gradient_checkpointing in too_large:
                 continue
-            counted = self._counted.get(config)
+            counted = self._counted.get((device, config))
             if counted is None:
-                counted = self._counted[config] = Counted(self.spec, config, smallest)
+                counted = self._counted[device, config] = Counted(self.spec, config, self._smallest[device])
             if counted.least_bytes(card) > card.memory_bytes:
                 too_large.add(config.gradient_checkpointing)
             yield counted
@@ -141,7 +144,7 @@ class Search:
         if lane.runs:
             hours, time, counted = lane.runs[0]
             needed = counted.least_bytes(lane.card)
-            lane.candidate = _candidate(lane, counted.config, hours, time, needed, fits=False)
+            lane.candidate = _candidate(lane, counted.config, hours, time, needed)
 
     def settle(self, lanes: Iterable[Lane]) -> None:
         """Plays the candidates of `lanes`; one that does not fit gives way to the next of its lane."""
@@ -157,24 +160,24 @@ class Search:
                 del lane.runs[0]
                 self._take_next(lane)
                 continue
-            steps = candidate.config.gradient_accumulation_steps
-            time = step_time(estimate, lane.card, num_micro_steps=steps)
-            hours = self._hours(time, candidate.config)
-            lane.candidate = _candidate(lane, candidate.config, hours, time, estimate.process_bytes, fits=True)
+            lane.candidate = replace(candidate, process_bytes=estimate.process_bytes, fits=True)
 
     def _play(self, config: TrainConfig, card: GpuSpec) -> Estimate:
         runtime = runtime_for(card)
-        # what of a runtime the played program depends on, names apart
-        key = (runtime.workspace_bytes, runtime.beside_reserved(config)), config
+        # what of a GPU the played program depends on, names apart
+        key = (_device(card), runtime.workspace_bytes, runtime.beside_reserved(config)), config
         if key not in self._played:
             self.num_played += 1
-            self._played[key] = played(self.spec, config, card)
+            self._played[key] = Estimate(self.spec, config, card)
         return self._played[key]
 
 
-def _candidate(
-    lane: Lane, config: TrainConfig, hours: float, time: StepTime, process_bytes: int, *, fits: bool
-) -> Candidate:
+def _device(card: GpuSpec) -> Device:
+    """How kernels use memory on `card`, without the name."""
+    return replace(device_for(card), name="")
+
+
+def _candidate(lane: Lane, config: TrainConfig, hours: float, time: StepTime, process_bytes: int) -> Candidate:
     interval, _ = bounds(hours, time, lane.card, shipped())
     return Candidate(
         gpu=lane.card.name,
@@ -188,5 +191,5 @@ def _candidate(
         tokens_per_second=time.tokens_per_second,
         mfu=time.mfu,
         bound_by=time.bound_by,
-        fits=fits,
+        fits=False,
     )
