@@ -103,9 +103,11 @@ def test_adapters_take_tens_of_mb() -> None:
 @pytest.mark.parametrize("model", ["llama-65b", "llama-2-70b"])
 @pytest.mark.parametrize("card", ["a6000", "l40s"])
 def test_65b_and_70b_fit_one_48_gb_card_with_qlora(model: str, card: str) -> None:
-    """True for one sequence of 512 tokens; "48 GB" is 44.99 GiB to the driver of a card with ECC on (L40S)."""
+    """True for one sequence of 512 tokens; "48 GB" is 44.99 GiB to the driver of a card with ECC on (L40S). Paged
+    states are in managed memory: they lie on the card while there is room, and leave it for what needs the room."""
     run = estimate(model, method="qlora", rank=64, seq_len=512, optimizer="paged_adamw_32bit", gpu=card)
-    assert run.process_bytes < gpus.get(card).memory_bytes
+    assert run.program.managed_bytes > 5 * GB
+    assert run.reserved_bytes + run.runtime.beside_reserved(run.config) < gpus.get(card).memory_bytes
 
 
 def test_70b_does_not_fit_a_24_gb_card_with_qlora() -> None:

@@ -132,3 +132,16 @@ def test_only_the_named_command_is_imported() -> None:
 def test_public_names_are_all() -> None:
     assert sorted(memplan.__all__) == list(memplan.__all__)
     assert all(hasattr(memplan, name) for name in memplan.__all__)
+    assert set(memplan.__all__) <= set(dir(memplan))
+    with pytest.raises(AttributeError, match="no attribute `no_such_name`"):
+        memplan.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["memplan.estimate", "memplan.fit", "memplan.plan", "memplan.report"])
+def test_public_names_are_functions_in_whatever_order_modules_are_imported(first: str) -> None:
+    code = (
+        f"import sys, memplan; assert not [m for m in sys.modules if m.startswith('memplan.')]; import {first}; "
+        "from memplan import cost; print(all(map(callable, (memplan.estimate, memplan.fit, memplan.plan, cost))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True\n"
