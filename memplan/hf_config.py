@@ -156,7 +156,7 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text_model(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The language model's part of a config, and what is left out of it."""
-    if "text_config" not in raw and raw.get("model_type") not in TEXT_MODEL_TYPES:
+    if "text_config" not in raw and str(raw.get("model_type")) not in TEXT_MODEL_TYPES:
         return dict(raw), []
     nested = raw.get("text_config") or {}
     if not isinstance(nested, Mapping):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from memplan.architectures.builder import Builder
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
+from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.activations import ACTIVATIONS
 from memplan.ops.attention import eager, sdpa, split_heads
@@ -201,7 +202,10 @@ class Decoder:
         )
 
     def activation(self, name: str | None = None) -> Callable[[Tensor], Tensor]:
-        return ACTIVATIONS[name or self.spec.hidden_act]
+        name = name or self.spec.hidden_act
+        if name not in ACTIVATIONS:
+            raise UnknownNameError("activation", name, ACTIVATIONS)
+        return ACTIVATIONS[name]
 
     def shared_dtype(self, hidden: DType) -> DType:
         """dtype of the rotary tables: that of the hidden states."""
