@@ -88,7 +88,7 @@ class Pieces:
 class Composer:
     """Builds the program of one run."""
 
-    def __init__(self, decoder: Decoder, *, workspace_bytes: int, num_steps: int = 2) -> None:
+    def __init__(self, decoder: Decoder, *, workspace_bytes: int, num_steps: int = 3) -> None:
         self.decoder = decoder
         self.config = decoder.config
         self.workspace_bytes = workspace_bytes
@@ -257,9 +257,7 @@ class Composer:
         self.program.managed_bytes = plan.managed_bytes
         return frame
 
-    def _update(
-        self, step: int, plan: Plan, gradients: list[tuple[int, list[tuple[str, int]]]], frame: int
-    ) -> None:
+    def _update(self, step: int, plan: Plan, gradients: list[tuple[int, list[tuple[str, int]]]], frame: int) -> None:
         """Clipping, the optimizer's step and zero_grad."""
         program = self.program
         self.loop.clip(step, plan.clip)

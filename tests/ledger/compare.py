@@ -68,7 +68,7 @@ def real_step(hf_config: dict[str, Any], config: TrainConfig, *, events: bool = 
 def played_step(hf_config: dict[str, Any], config: TrainConfig) -> Ledger:
     """The same run, played by memplan on a device whose kernels take no buffers of their own choosing."""
     decoder = decoder_for(ModelSpec.from_hf_config(hf_config), config, FAKE_CPU)
-    return fold(Composer(decoder, workspace_bytes=0).compose())
+    return fold(Composer(decoder, workspace_bytes=0, num_steps=2).compose())
 
 
 def _phase(played: dict[str, PhasePeak], name: str) -> tuple[int, int]:
