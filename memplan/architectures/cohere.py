@@ -21,6 +21,10 @@ class Cohere(Llama):
     def norm(self, build: Builder, name: str, width: int) -> Norm:
         return CohereLayerNorm(build.parameter(f"{name}.weight", (width,)))
 
+    def head_norm(self, build: Builder, name: str, num_heads: int) -> Norm:
+        """Each head has weights of its own; [num_heads, head_dim] in the module, which norms before it transposes."""
+        return CohereLayerNorm(build.parameter(f"{name}.weight", (num_heads, 1, self.spec.head_dim)))
+
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
         attention = self.self_attention(build, shared)
         mlp = self.mlp(build, kind)

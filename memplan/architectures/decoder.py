@@ -97,9 +97,11 @@ class Decoder:
     def buffers(self, build: Builder) -> None:
         """Tensors on the device that are no parameters: rotary frequencies and the copy kept of them."""
         width = self.rotary_dim()
-        if width is not None:
-            build.buffer(f"{self.rotary_name}.inv_freq", (width // 2,), DType.fp32)
-            build.buffer(f"{self.rotary_name}.original_inv_freq", (width // 2,), DType.fp32)
+        if width is None:
+            return
+        for kind in [f"{kind}_" for kind in self.rotary_kinds] if self.sliding_layers_have_own_rotary else [""]:
+            build.buffer(f"{self.rotary_name}.{kind}inv_freq", (width // 2,), DType.fp32)
+            build.buffer(f"{self.rotary_name}.{kind}original_inv_freq", (width // 2,), DType.fp32)
 
     def rotary_dim(self) -> int | None:
         """Width of the rotary tables; None for a model without."""
@@ -110,6 +112,11 @@ class Decoder:
         return []
 
     # What all share
+
+    @property
+    def rotary_kinds(self) -> list[str]:
+        """The kinds of attention that have rotary tables, where each has its own."""
+        return sorted(set(self.spec.layer_types)) or ["full_attention"]
 
     @property
     def tied_name(self) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Layer, Shared
 from memplan.architectures.gemma import Gemma
-from memplan.dtypes import DType
 from memplan.ops.pointwise import add, mul_number, saves_result
 from memplan.ops.tensor import Tensor
 
@@ -62,11 +61,6 @@ class Gemma3(Gemma2):
 
     def score_cap(self) -> Callable[[Tensor], Tensor] | None:
         return None  # the module passes no cap on to its attention function
-
-    def buffers(self, build: Builder) -> None:
-        for kind in sorted(set(self.spec.layer_types) or {"full_attention"}):
-            for name in ("inv_freq", "original_inv_freq"):
-                build.buffer(f"model.rotary_emb.{kind}_{name}", (self.spec.head_dim // 2,), DType.fp32)
 
 
 def soft_cap(x: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ class Llama(Decoder):
         """The family's norm over `width`, with weights named `name`."""
         return build.rms_norm(name, width)
 
+    def head_norm(self, build: Builder, name: str, num_heads: int) -> Norm:
+        """The norm of queries or keys by head, [B, num_heads, S, head_dim]."""
+        return self.norm(build, name, self.spec.head_dim)
+
     def has_rope(self, kind: str) -> bool:
         """Whether layers of `kind` rotate queries and keys."""
         return True
@@ -55,8 +59,8 @@ class Llama(Decoder):
         k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
         v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
         o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
-        q_norm = self.norm(build, "self_attn.q_norm", spec.head_dim) if spec.qk_norm else None
-        k_norm = self.norm(build, "self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
+        q_norm = self.head_norm(build, "self_attn.q_norm", spec.num_attention_heads) if spec.qk_norm else None
+        k_norm = self.head_norm(build, "self_attn.k_norm", spec.num_key_value_heads) if spec.qk_norm else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             q = self.heads(q_proj(x), spec.num_attention_heads, rotated=rope)

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Self
 
 from memplan.dtypes import DType
-from memplan.ops.tensor import Machine, Shape, Storage, Tensor
+from memplan.ops.tensor import BorrowedStorage, Machine, Shape, Tensor
 
 if TYPE_CHECKING:
     from memplan.architectures.decoder import Decoder
@@ -33,17 +33,9 @@ class Shared:
 
     @classmethod
     def made_by(
-        cls,
-        decoder: Decoder,
-        machine: Machine,
-        dtype: DType,
-        *,
-        slot: int | None = None,
-        position_ids: Tensor | None = None,
+        cls, decoder: Decoder, machine: Machine, dtype: DType, *, position_ids: Tensor | None = None
     ) -> Shared:
-        """The shared tensors of a run whose hidden states are of `dtype`; with `slot` EXTERNAL as stand-ins."""
-        if slot is not None:
-            return cls._stand_ins(decoder.make_shared(Machine(), dtype), machine, slot)
+        """The shared tensors of a run whose hidden states are of `dtype`."""
         return decoder.make_shared(machine, dtype, position_ids)
 
     @classmethod
@@ -62,17 +54,22 @@ class Shared:
         width = decoder.rotary_dim()
         if width is not None:
             table_dtype = decoder.shared_dtype(dtype)
-            shared.cos, shared.sin = rotary_table(machine, tokens, width, table_dtype)
-            if decoder.sliding_layers_have_own_rotary:
+            kinds = decoder.rotary_kinds if decoder.sliding_layers_have_own_rotary else ["full_attention"]
+            if "full_attention" in kinds:
+                shared.cos, shared.sin = rotary_table(machine, tokens, width, table_dtype)
+            if "sliding_attention" in kinds:
                 shared.sliding_cos, shared.sliding_sin = rotary_table(machine, tokens, width, table_dtype)
         return shared
 
     @classmethod
-    def _stand_ins(cls, made: Shared, machine: Machine, slot: int) -> Shared:
+    def stand_ins(cls, decoder: Decoder, machine: Machine, dtype: DType) -> Shared:
+        """The same for the recording of a layer: their bytes are on another tape."""
+
         def stand_in(tensor: Tensor) -> Tensor:
-            storage = Storage(machine, prod(tensor.shape) * tensor.dtype.itemsize, slot=slot)
+            storage = BorrowedStorage(machine, prod(tensor.shape) * tensor.dtype.itemsize)
             return Tensor(storage, tensor.shape, tensor.dtype)
 
+        made = decoder.make_shared(Machine(), dtype)
         present = {f.name: getattr(made, f.name) for f in fields(made)}
         return cls(**{name: stand_in(tensor) for name, tensor in present.items() if tensor is not None})
 

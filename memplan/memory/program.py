@@ -152,19 +152,33 @@ class Composer:
         self.settles = frame, loading.settles
 
     def _play(
-        self, phase: str, step: int, frame: int, segment: Segment, tape: Tape, links: Iterable[Link] = ()
+        self,
+        phase: str,
+        step: int,
+        frame: int,
+        segment: Segment,
+        tape: Tape,
+        links: Iterable[Link] = (),
+        between: Iterable[tuple[int, int, Tape]] = (),
     ) -> None:
-        """Plays one of `segment`'s tapes; where a thread calls a library for the first time, its workspace comes in."""
+        """Plays one of `segment`'s tapes; where a thread calls a library for the first time, its workspace comes in.
+
+        `between`: position, frame and tape of other plays in between.
+        """
         thread = "backward" if phase == "backward" else "forward"
-        begin = 0
+        inserts = list(between)
         for library, used, at in segment.first_calls:
             if used is not tape or not self.workspace_bytes or (thread, library) in self.workspaces:
                 continue
             self.workspaces.add((thread, library))
-            self.program.play(phase, step, frame, tape[begin:at], links if begin == 0 else ())
-            begin = at
-            workspace = [(0, self.workspace_bytes if library == "cublas" else BLASLT_WORKSPACE_BYTES)]
-            self.program.play(phase, step, self.program.frame_for(workspace, "workspaces"), workspace)
+            workspace: Tape = [(0, self.workspace_bytes if library == "cublas" else BLASLT_WORKSPACE_BYTES)]
+            inserts.append((at, self.program.frame_for(workspace, "workspaces"), workspace))
+        begin = 0
+        for at, other, inserted in sorted(inserts, key=lambda insert: insert[0]):
+            if at > begin:
+                self.program.play(phase, step, frame, tape[begin:at], links if begin == 0 else ())
+                begin = at
+            self.program.play(phase, step, other, inserted)
         self.program.play(phase, step, frame, tape[begin:] if begin else tape, links if begin == 0 else ())
 
     def _micro_step(self, step: int, pieces: Pieces) -> list[tuple[int, list[tuple[str, int]]]]:
@@ -207,16 +221,19 @@ class Composer:
 
         self._play("backward", step, h, head.segment, head.segment.backward)
         before, slot = h, head.segment.dx_slot
-        for f, layer in zip(reversed(frames), reversed(layers), strict=True):
+        for index in reversed(range(len(layers))):
             if slot < 0:
                 break
+            f, layer = frames[index], layers[index]
             tape = layer.backward
             if f == frames[0] and embedding.holds_out:
                 tape = _without_x(tape)
-            self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)])
+            between = [
+                (at - (layer.backward[:at].count((PORT_X, 0)) if tape is not layer.backward else 0), e, [(s, 0)])
+                for at, s in self._dying_shared(pieces, index, lives)
+            ]
+            self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)], between)
             before, slot = f, layer.dx_slot
-        if not self.config.reentrant:
-            program.play("backward", step, e, frees_shared["layers"])
         if slot >= 0:
             links = [(e, PORT_DY, before, slot)]
             if head.segment.tied_slot >= 0:
@@ -240,6 +257,17 @@ class Composer:
         self.loop.end_micro_step(step, h, head.segment.out_slot)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
+
+    def _dying_shared(self, pieces: Pieces, index: int, lives: list[str]) -> list[tuple[int, int]]:
+        """Position on the backward tape of layer `index`, and slot, of the shared tensors that it is the last to hold."""
+        if self.config.reentrant:
+            return []
+        layers = pieces.layers
+        return [
+            (layers[index].shared_dies[i], slot)
+            for i, (slot, life) in enumerate(zip(pieces.shared_slots, lives, strict=True))
+            if life == "layers" and next(j for j, layer in enumerate(layers) if layer.keeps_shared[i]) == index
+        ]
 
     def _life_of_shared(self, pieces: Pieces, index: int) -> str:
         """What lets go last of a tensor that all layers share: the model's forward, the layers' backward, or the

@@ -12,7 +12,7 @@ from memplan.ops.autocast import LOW
 from memplan.ops.autograd import expect, run_backward
 from memplan.ops.checkpoint import checkpoint, checkpoint_reentrant
 from memplan.ops.loss_liger import builds_logits
-from memplan.ops.tensor import EXTERNAL, Shape
+from memplan.ops.tensor import BorrowedStorage, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,8 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     recorder = Recorder(autocast=config.autocast, device=decoder.device)
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
-    stand_ins = Shared.made_by(decoder, m, x_in.dtype, slot=EXTERNAL)
+    stand_ins = Shared.stand_ins(decoder, m, x_in.dtype)
+    borrowed = [t.storage for t in stand_ins.tensors() if isinstance(t.storage, BorrowedStorage)]
     given = decoder.shared_of(kind, stand_ins)
     layer = decoder.layer(build, kind, given)
     if accumulating:
@@ -101,9 +102,9 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
         outputs = checkpoint(layer, x)
     y, beside = outputs if isinstance(outputs, tuple) else (outputs, None)
     del outputs
-    # A checkpoint keeps all its arguments.
-    arguments = {id(t) for t in given.tensors()} if config.gradient_checkpointing else set()
-    keeps_shared = tuple([id(t) in arguments or t.storage.refs > 1 for t in stand_ins.tensors()])
+    # What holds shared tensors now is saved for backward, or a checkpoint, which keeps all its arguments.
+    del stand_ins, given, layer
+    keeps_shared = tuple([storage.refs > 0 for storage in borrowed])
     held = x if keeps_x else None
     del x
     forward = m.new_tape()
@@ -116,11 +117,12 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     if y.requires_grad:
         run_backward(y, [recorder.port_dy(y)])
     dx = collector.meta if collector is not None else None
+    shared_dies = tuple([storage.died_at if kept else -1 for storage, kept in zip(borrowed, keeps_shared, strict=True)])
     tapes = forward, after, m.new_tape()
     y.node = None  # the graph goes, and what contexts of autograd functions kept
     after_loss = m.new_tape()
     segment = finish(kind, recorder, build, tapes, out=y, dx=dx, keeps_shared=keeps_shared)
-    segment.after_next, segment.after_loss = after_next, after_loss
+    segment.after_next, segment.after_loss, segment.shared_dies = after_next, after_loss, shared_dies
     if dies_with_model:
         segment.x_dies = "model"
     return segment

@@ -57,6 +57,8 @@ class Segment:
     """What dies when the model's forward returns: its locals."""
     after_loss: Tape = field(default_factory=list)
     """What dies with the loss and its graph."""
+    shared_dies: tuple[int, ...] = ()
+    """Where on its backward tape the last handle on each of those goes; -1 if not there."""
     keeps_shared: tuple[bool, ...] = ()
     """Which of the shared tensors (positions, rotary tables, mask) are needed until its backward is over."""
     sizes: dict[int, int] = field(default_factory=dict)

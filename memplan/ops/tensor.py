@@ -134,6 +134,20 @@ class Storage:
             self.machine.kinds[self.slot] = kind
 
 
+class BorrowedStorage(Storage):
+    """Bytes that live outside of the tape; it notes where on the tape the last handle went."""
+
+    __slots__ = ("died_at",)
+
+    def __init__(self, machine: Machine, num_bytes: int) -> None:
+        super().__init__(machine, num_bytes, slot=EXTERNAL)
+        self.died_at = -1
+
+    def release(self) -> None:
+        if self.machine.tape is not None:
+            self.died_at = len(self.machine.tape)
+
+
 class Tensor:
     """A handle on a storage, as at::Tensor is. Views and saved tensors are further handles."""
 
