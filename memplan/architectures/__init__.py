@@ -6,6 +6,7 @@ from memplan.architectures.bloom import Bloom
 from memplan.architectures.cohere import Cohere
 from memplan.architectures.decoder import Decoder
 from memplan.architectures.deepseek import DeepseekV2, DeepseekV3
+from memplan.architectures.falcon import Falcon
 from memplan.architectures.gemma import Gemma
 from memplan.architectures.gemma2 import Gemma2, Gemma3
 from memplan.architectures.glm import Glm, Glm4
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gptj": GPTJ,
     "opt": OPT,
     "bloom": Bloom,
+    "falcon": Falcon,
     "mpt": Mpt,
     "llama": Llama,
     "mistral": Mistral,

@@ -175,6 +175,7 @@ class Builder:
         bias: bool = False,
         quantise: bool = True,
         transposed: bool = False,
+        kind: type[Linear] = Linear,
     ) -> Linear | Linear4bit | Linear8bitLt | LoraLinear | DoraLinear:
         """nn.Linear, or transformers' Conv1D (`transposed`: weight [in, out]), as the run has it.
 
@@ -187,7 +188,7 @@ class Builder:
         else:
             shape = (in_features, out_features) if transposed else (out_features, in_features)
             leaves = [("weight", shape), *([("bias", (out_features,))] if bias else [])]
-            base = Linear(in_features, out_features, *self.own(name, *leaves))
+            base = kind(in_features, out_features, *self.own(name, *leaves))
         if not self.is_target(name) or self.saves(name):
             return base
         return self._adapted(name, base, in_features, out_features)

@@ -18,7 +18,8 @@ from memplan.architectures.shared import causal_mask
 from memplan.dtypes import DType
 from memplan.ops.attention import operand, softmax, weighted_values
 from memplan.ops.linear import bmm
-from memplan.ops.pointwise import add, contiguous, dropout, masked_fill, mul_number, split_last, to
+from memplan.ops.pointwise import add, contiguous, dropout, mul_number, split_last, to
+from memplan.ops.rows import masked_fill
 from memplan.ops.tensor import Machine, Tensor
 
 

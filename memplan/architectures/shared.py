@@ -107,12 +107,13 @@ def causal_mask(
     window: int | None,
     detects_packing: bool = True,
     given: bool = False,
+    always: bool = False,
 ) -> Tensor | None:
     """The mask of causal attention over `window` tokens (all of them if None).
 
     sdpa: boolean [1 or B, 1, S, S], or None where `is_causal` says the same: no padding and a window longer than the
     sequence (`_ignore_causal_mask_sdpa`). eager: additive, [B, 1, S, S] in `dtype`, always there. `given` says that the
-    model makes an attention_mask of ones where it gets none.
+    model makes an attention_mask of ones where it gets none, `always` that it wants a mask whatever it holds.
     """
     (batch, tokens), padding = decoder.batch, decoder.config.padding
     eager = decoder.attention_implementation == "eager"
@@ -121,7 +122,7 @@ def causal_mask(
         padding_mask = m.empty((batch, tokens), DType.bool8)
     elif detects_packing:
         _find_packed_sequences(m, batch, tokens)
-    if not eager and (window is None or window > tokens):
+    if not eager and not always and (window is None or window > tokens):
         if given:
             _all_true(m, batch, tokens)
         if not padding:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from memplan.dtypes import DType
 from memplan.ops.autocast import high, low
-from memplan.ops.autograd import attach, record, result_of, save_result
+from memplan.ops.autograd import record, result_of, save_result
 from memplan.ops.cudnn import cudnn_attention, takes_cudnn
 from memplan.ops.efficient import efficient_attention
 from memplan.ops.flash import flash_attention, takes_flash
@@ -23,14 +23,14 @@ from memplan.ops.linear import bmm
 from memplan.ops.pointwise import (
     add,
     contiguous,
+    copied_in_backward,
     dropout,
     expand_copy,
     mul_number,
-    same_size_backward,
     to,
 )
 from memplan.ops.sdpa_math import math_attention, softmax_backward
-from memplan.ops.tensor import Shape, Tensor
+from memplan.ops.tensor import Tensor
 
 
 def split_heads(x: Tensor, num_heads: int, head_dim: int, *, copies: bool = False) -> Tensor:
@@ -101,13 +101,6 @@ def weighted_values(attn_weights: Tensor, value_states: Tensor, *, by_tokens: bo
     return copied_in_backward(output, shape) if copies else output
 
 
-def copied_in_backward(x: Tensor, shape: Shape) -> Tensor:
-    """A view whose gradient has to be copied into another memory order (ViewBackward0 -> reshape -> clone)."""
-    if not x.requires_grad or not x.machine.grad_enabled:
-        return x.view(*shape)
-    return attach(record(x.machine, same_size_backward, (x,)), Tensor(x.storage, shape, x.dtype))
-
-
 def operand(x: Tensor, copies: bool) -> Tensor:
     """A [B, N, S, H] factor of torch.matmul, which copies what it cannot see as [B * N, S, H]: several sequences
     that lie by tokens."""
@@ -145,6 +138,7 @@ def sdpa(
     """
     if num_groups > 1 and (mask is not None or not k.shape[-1] == v.shape[-1] <= 256):
         k, v = repeat_kv(k, num_groups), repeat_kv(v, num_groups)
+    mask = None if mask is None else low(mask)
     v, k, q = low(v), low(k), low(q)  # see `linear`
     if q.machine.device.prefers_cudnn_attention and takes_cudnn(q, v):
         output = cudnn_attention(q, k, v, mask)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from memplan.dtypes import DType
 from memplan.ops.autocast import low
-from memplan.ops.autograd import Grads, Node, record, result_of
-from memplan.ops.pointwise import GradList, incoming
+from memplan.ops.autograd import Grads, Node, attach, record, result_of
+from memplan.ops.pointwise import GradList, add, incoming
 from memplan.ops.tensor import Parameter, Tensor
 
 
@@ -34,6 +34,26 @@ class Linear:
 
     def parameters(self) -> list[Parameter]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+@dataclass(slots=True)
+class MatmulLinear(Linear):
+    """falcon's linear layer, input @ weight.T + bias: the bias is added apart, and autocast does not keep the cast of a
+    transposed weight, which is a view. bitsandbytes leaves this class alone."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden_states = linear(x, transposed(self.weight), None, self.out_features)
+        return hidden_states if self.bias is None else add(hidden_states, self.bias)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """weight.T"""
+    node = record(weight.machine, _transposed_backward, (weight,))
+    return attach(node, Tensor(weight.storage, weight.shape, weight.dtype))
+
+
+def _transposed_backward(node: Node, grads: GradList) -> Grads:
+    return (incoming(grads),)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

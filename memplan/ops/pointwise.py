@@ -110,6 +110,11 @@ def mul_number(x: Tensor) -> Tensor:
     return result_of(record(m, same_size_backward, (x,)), m, x.shape, x.dtype)
 
 
+def mul_number_in_place(x: Tensor) -> Tensor:
+    """x *= number, x /= number: the same storage, one place further in the graph."""
+    return attach(record(x.machine, same_size_backward, (x,)), Tensor(x.storage, x.shape, x.dtype))
+
+
 def same_size_backward(node: Node, grads: GradList) -> Grads:
     """One new tensor of the incoming gradient's size."""
     grad = incoming(grads)
@@ -216,12 +221,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return result
 
 
-def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
-    """x.masked_fill(mask, number): a copy; saves the mask, backward fills a copy of the gradient."""
-    m = x.machine
-    return result_of(record(m, same_size_backward, (x,), (mask,)), m, x.shape, x.dtype)
-
-
 def slice_last(x: Tensor, width: int) -> Tensor:
     """A view of `width` of the last dimension; backward writes it into zeros of the whole."""
     m = x.machine
@@ -295,6 +294,12 @@ def expand_copy(x: Tensor, shape: Shape) -> Tensor:
     return result_of(node, m, shape, x.dtype)
 
 
+def expand_view(x: Tensor, shape: Shape) -> Tensor:
+    """x.expand(...), a view; backward sums over what was repeated."""
+    node = record(x.machine, _expand_backward, (x,), meta=x.shape)
+    return attach(node, Tensor(x.storage, shape, x.dtype))
+
+
 def _expand_backward(node: Node, grads: GradList) -> Grads:
     return (node.machine.empty(node.meta, incoming(grads).dtype),)
 
@@ -302,6 +307,11 @@ def _expand_backward(node: Node, grads: GradList) -> Grads:
 def contiguous(x: Tensor) -> Tensor:
     """`.contiguous()` of a tensor that is not: a copy; backward passes the gradient through."""
     return clone(x)
+
+
+def copied_in_backward(x: Tensor, shape: Shape) -> Tensor:
+    """A view whose gradient has to be copied into another memory order (ViewBackward0 -> reshape -> clone)."""
+    return attach(record(x.machine, same_size_backward, (x,)), Tensor(x.storage, shape, x.dtype))
 
 
 def add_in_place(x: Tensor, other: Tensor) -> Tensor:

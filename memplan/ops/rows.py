@@ -42,6 +42,14 @@ def index_rows(x: Tensor, index: Tensor) -> Tensor:
     return result_of(node, m, (index.shape[0], *x.shape[1:]), x.dtype)
 
 
+def index_last_heads(x: Tensor, shape: Shape) -> Tensor:
+    """x[..., [i], :], a copy of `shape`; the index is a list, which goes to the device as a tensor."""
+    m = x.machine
+    index = m.empty((1,), DType.int64)
+    node = record(m, _index_backward, (x,), (index,), meta=x.shape)
+    return result_of(node, m, shape, x.dtype)
+
+
 def _index_backward(node: Node, grads: GradList) -> Grads:
     m, index = node.machine, node.unpack()
     out = m.empty(node.meta, incoming(grads).dtype)

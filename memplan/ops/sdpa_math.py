@@ -9,6 +9,7 @@ Source: torch 2.11 aten/src/ATen/native/transformers/attention.cpp `_scaled_dot_
 from __future__ import annotations
 
 from memplan.dtypes import DType
+from memplan.ops.autocast import low
 from memplan.ops.autograd import Grads, Node, record, result_of, save_result
 from memplan.ops.efficient import additive_mask
 from memplan.ops.linear import bmm
@@ -16,9 +17,12 @@ from memplan.ops.pointwise import (
     GradList,
     add_in_place,
     contiguous,
+    copied_in_backward,
     expand_copy,
+    expand_view,
     mul_number,
     same_size_backward,
+    to,
 )
 from memplan.ops.tensor import Tensor
 
@@ -56,15 +60,56 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_gro
     return to_token_order(output, copies_back=copies)
 
 
+def math_attention_over_one_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [B, N, S, H] over k and v [B, 1, S, H], which the products broadcast: [B, N, S, H].
+
+    Multi-query attention without `enable_gqa` (falcon) has no fused kernel in any dtype; half precision is cast to fp32,
+    and the probabilities back to it, though nobody asks for them. Autocast casts what goes in and is off inside.
+    """
+    m = q.machine
+    mask, v, k, q = low(mask), low(v), low(k), low(q)
+    autocast, m.autocast = m.autocast, False
+    try:
+        return _over_one_key(q, k, v, mask)
+    finally:
+        m.autocast = autocast
+
+
+def _over_one_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    dtype = q.dtype
+    batch, heads, tokens, width = q.shape
+    mask = additive_mask(mask, dtype)
+    # `.expand().reshape()` copies what it cannot see as [B * N, S, H], as bmm would have it
+    repeat = expand_copy if batch > 1 else expand_view
+    q, k, v = to(q, DType.fp32), to(k, DType.fp32), to(v, DType.fp32)
+    scaled_q = mul_number(q)
+    scaled_k = mul_number(k)
+    query = contiguous(scaled_q) if batch > 1 else scaled_q
+    keys = repeat(scaled_k, (batch, heads, tokens, width))
+    scores = bmm(query, keys, (batch, heads, tokens, tokens))
+    del query, keys, scaled_k
+    scores = safe_softmax(add_in_place(scores, mask))
+    beside = to(scores, dtype)
+    values = repeat(v, (batch, heads, tokens, width))
+    output = bmm(scores, values, (batch, heads, tokens, width))
+    del values
+    if batch > 1:
+        output = copied_in_backward(output, output.shape)
+    output = to(output, dtype)
+    del scaled_q, beside
+    return output
+
+
 def safe_softmax(x: Tensor) -> Tensor:
     """`_safe_softmax`: softmax, with rows that are masked whole set to zero. Saves its result."""
     m = x.machine
     node = record(m, softmax_backward, (x,))
     result = result_of(node, m, x.shape, x.dtype)
-    masked = m.empty(x.shape, DType.bool8)
-    rows = m.empty((*x.shape[:-1], 1), DType.bool8)
-    zero = m.empty((), x.dtype)
-    del zero, rows, masked
+    if m.device.is_cuda:
+        masked = m.empty(x.shape, DType.bool8)
+        rows = m.empty((*x.shape[:-1], 1), DType.bool8)
+        zero = m.empty((), x.dtype)
+        del zero, rows, masked
     save_result(node, result)
     return result
 
