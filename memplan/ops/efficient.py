@@ -12,7 +12,7 @@ from memplan.ops.autograd import Grads, Node, attach, record, save_result
 from memplan.ops.pointwise import GradList, incoming
 from memplan.ops.tensor import Tensor
 
-MASK_ALIGNMENT = 16
+MASK_ALIGNMENT = 8
 BLOCK_QUERIES = 64
 
 

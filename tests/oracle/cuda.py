@@ -161,6 +161,7 @@ def _grouped_mm(
 KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
     aten._grouped_mm.default: _grouped_mm,
+    aten.add.Tensor: sdpa.add_mask,
     aten.index.Tensor: _index,
     aten.index_put.default: _in_place_in_backward(aten.index_put_.default),
     aten.scatter_add.default: _in_place_in_backward(aten.scatter_add_.default),

@@ -16,7 +16,9 @@ attention_backward.cu and mem_eff_attention/kernel_backward.h. cuDNN's workspace
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ import torch
 aten = torch.ops.aten
 
 NUM_SMS = 132  # H100/H200 SXM: decides flash's split-KV
+HOST_OUTPUTS = {aten._scaled_dot_product_efficient_attention.default: (2, 3)}
+"""The dropout's seed and offset, outside of a stream capture (Note [Seed and Offset Device] of attention.cu)."""
 
 
 def choose(
@@ -72,17 +76,18 @@ def make(first: str) -> Callable[..., torch.Tensor]:
                 attn_mask = attn_mask.to(dtype)
         kernel = choose(query, key, value, attn_mask, is_causal, enable_gqa, first)
         if kernel == "math":
-            return aten._scaled_dot_product_attention_math(
-                query,
-                key,
-                value,
-                _additive(attn_mask, query),
-                dropout_p,
-                is_causal,
-                None,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )[0]
+            with _by_ops():
+                return aten._scaled_dot_product_attention_math(
+                    query,
+                    key,
+                    value,
+                    _additive(attn_mask, query),
+                    dropout_p,
+                    is_causal,
+                    None,
+                    scale=scale,
+                    enable_gqa=enable_gqa,
+                )[0]
         if kernel == "cudnn":
             return aten._scaled_dot_product_cudnn_attention(
                 query,
@@ -115,6 +120,23 @@ def make(first: str) -> Callable[..., torch.Tensor]:
         return out[..., :dim] if dim % 8 else out
 
     return scaled_dot_product_attention
+
+
+_is_math = ContextVar("is_math", default=False)
+
+
+@contextmanager
+def _by_ops() -> Iterator[None]:
+    token = _is_math.set(True)
+    try:
+        yield
+    finally:
+        _is_math.reset(token)
+
+
+def add_mask(scores: torch.Tensor, mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    """`attn.add_(*attn_mask)` of `_scaled_dot_product_attention_math`, which under a dispatch mode goes out of place."""
+    return scores.detach() if _is_math.get() else NotImplemented
 
 
 def _any_grad(*tensors: torch.Tensor) -> bool:

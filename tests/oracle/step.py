@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.oracle import cuda, loop, optimizers, trainers, trl_loss
+from tests.oracle import cuda, loop, optimizers, sdpa, trainers, trl_loss
 from tests.oracle.loop import Batch, Phases
 from tests.oracle.model import build, fakeify, stored_tensors
 from tests.oracle.tracker import Event, Tracker
@@ -112,6 +112,7 @@ def run(
         kernels=cuda.KERNELS,
         outputs=cuda.OUTPUTS,
         scratch=cuda.SCRATCH,
+        host=sdpa.HOST_OUTPUTS,
         scalar=cuda.scalar_values(padding),
     )
     phases = Phases(tracker)

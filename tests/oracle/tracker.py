@@ -74,9 +74,10 @@ def _called_by_engine() -> bool:
 class Tracker(TorchDispatchMode):
     """Counts live bytes while it is the active dispatch mode above a FakeTensorMode.
 
-    What CUDA does where the CPU build does otherwise comes in three tables, by op overload: `kernels`, a function that
-    runs in the op's place, itself tracked (or returns NotImplemented); `outputs`, a function that replaces what the op
-    returned; `scratch`, the bytes that its kernel takes and gives back inside.
+    What CUDA does where the CPU build does otherwise comes in tables by op overload: `kernels`, a function that runs in
+    the op's place, itself tracked (or returns NotImplemented); `outputs`, a function that replaces what the op
+    returned; `host`, which of several results lie in host memory; `scratch`, the bytes that its kernel takes and gives
+    back inside.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Tracker(TorchDispatchMode):
         kernels: dict[Any, Callable[..., Any]] | None = None,
         outputs: dict[Any, Callable[..., Any]] | None = None,
         scratch: dict[Any, Callable[..., list[int]]] | None = None,
+        host: dict[Any, tuple[int, ...]] | None = None,
         scalar: Callable[[torch.Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -98,6 +100,7 @@ class Tracker(TorchDispatchMode):
         self._kernels = kernels or {}
         self._outputs = outputs or {}
         self._scratch = scratch or {}
+        self._host_outputs = host or {}
         self._scalar = scalar
         self._live: dict[int, _Storage] = {}
         self._num_storages = 0
@@ -213,9 +216,11 @@ class Tracker(TorchDispatchMode):
             self._made(func, args, out, scratch and scratch(out, *args, **kwargs))
         elif isinstance(out, tuple | list):
             sizes = scratch and scratch(out, *args, **kwargs)
-            for item in out:
+            on_host = self._host_outputs.get(func, ())
+            for number, item in enumerate(out):
                 if isinstance(item, torch.Tensor):
-                    self._made(func, args, item, None)
+                    with self.on_host() if number in on_host else nullcontext():
+                        self._made(func, args, item, None)
                 elif isinstance(item, tuple | list):
                     for inner in item:
                         self._made(func, args, inner, None)
