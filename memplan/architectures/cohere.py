@@ -18,6 +18,8 @@ from memplan.ops.tensor import Tensor
 
 
 class Cohere(Llama):
+    norms_heads_last = True
+
     def norm(self, build: Builder, name: str, width: int) -> Norm:
         return CohereLayerNorm(build.parameter(f"{name}.weight", (width,)))
 

@@ -186,17 +186,23 @@ class Decoder:
             return eager(q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=fp32, by_heads=by_heads, cap=cap)
         return sdpa(q, k, v, mask=shared.mask, num_groups=groups, p=p, by_heads=by_heads)
 
-    def heads(self, x: Tensor, num_heads: int, *, rotated: bool = False) -> Tensor:
-        """A projection seen by heads; see `split_heads` for when its gradient is copied."""
-        copies = rotated or self.attention_implementation == "eager" or self.attends_by_ops(x)
+    def heads(self, x: Tensor, num_heads: int, shared: Shared | None = None, *, rotated: bool = False) -> Tensor:
+        """A projection seen by heads; see `split_heads` for when its gradient is copied: after a rotation, eager
+        products, sdpa by products, and the sum over the heads that a key or value was repeated for.
+
+        `shared` is what the layer is given, where masks differ by layer.
+        """
+        masked = self.config.padding if shared is None else shared.mask is not None
+        repeated = masked and num_heads < self.spec.num_attention_heads
+        copies = rotated or repeated or self.attention_implementation == "eager" or self.attends_by_ops(x, masked)
         return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=copies)
 
-    def attends_by_ops(self, x: Tensor) -> bool:
+    def attends_by_ops(self, x: Tensor, masked: bool) -> bool:
         """Whether sdpa has no fused kernel for projections like `x`: fp32 with grouped heads and no mask."""
         spec, config = self.spec, self.config
         grouped = spec.num_attention_heads != spec.num_key_value_heads
         fp32 = x.dtype is DType.fp32 and not config.autocast
-        return grouped and fp32 and self.attention_implementation == "sdpa" and not config.padding
+        return grouped and fp32 and self.attention_implementation == "sdpa" and not masked
 
     def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         assert shared.cos is not None and shared.sin is not None

@@ -57,6 +57,7 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
+    norms_heads_last = True
     sliding_layers_have_own_rotary = True
 
     def score_cap(self) -> Callable[[Tensor], Tensor] | None:

@@ -27,9 +27,9 @@ class Glm(Phi3):
         o_proj = build.linear("self_attn.o_proj", width, hidden)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            q = self.heads(q_proj(x), spec.num_attention_heads, rotated=True)
-            k = self.heads(k_proj(x), spec.num_key_value_heads, rotated=True)
-            v = self.heads(v_proj(x), spec.num_key_value_heads)
+            q = self.heads(q_proj(x), spec.num_attention_heads, shared, rotated=True)
+            k = self.heads(k_proj(x), spec.num_key_value_heads, shared, rotated=True)
+            v = self.heads(v_proj(x), spec.num_key_value_heads, shared)
             q, k = self.rotate(q, k, shared)
             output, attn_weights = self.attention(q, k, v, shared, by_heads=True)
             output = output.view(*x.shape[:-1], width)

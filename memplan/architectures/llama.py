@@ -14,6 +14,9 @@ from memplan.ops.tensor import Tensor
 
 
 class Llama(Decoder):
+    norms_heads_last = False
+    """Queries and keys are normed when all three projections are made, not each at once."""
+
     def norm(self, build: Builder, name: str, width: int) -> Norm:
         """The family's norm over `width`, with weights named `name`."""
         return build.rms_norm(name, width)
@@ -63,13 +66,16 @@ class Llama(Decoder):
         k_norm = self.head_norm(build, "self_attn.k_norm", spec.num_key_value_heads) if spec.qk_norm else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            q = self.heads(q_proj(x), spec.num_attention_heads, rotated=rope)
-            if q_norm is not None:
+            q = self.heads(q_proj(x), spec.num_attention_heads, shared, rotated=rope)
+            if q_norm is not None and not self.norms_heads_last:
                 q = q_norm(q)
-            k = self.heads(k_proj(x), spec.num_key_value_heads, rotated=rope)
-            if k_norm is not None:
+            k = self.heads(k_proj(x), spec.num_key_value_heads, shared, rotated=rope)
+            if k_norm is not None and not self.norms_heads_last:
                 k = k_norm(k)
-            v = self.heads(v_proj(x), spec.num_key_value_heads)
+            v = self.heads(v_proj(x), spec.num_key_value_heads, shared)
+            if q_norm is not None and k_norm is not None and self.norms_heads_last:
+                q = q_norm(q)
+                k = k_norm(k)
             if rope:
                 q, k = self.rotate(q, k, shared)
             output, attn_weights = self.attention(q, k, v, shared)

@@ -48,9 +48,9 @@ class Phi3(Mistral):
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             qkv = qkv_proj(x)
             q, k, v = slice_last(qkv, width), slice_last(qkv, kv_width), slice_last(qkv, kv_width)
-            q = self.heads(q, spec.num_attention_heads, rotated=True)
-            k = self.heads(k, spec.num_key_value_heads, rotated=True)
-            v = self.heads(v, spec.num_key_value_heads)
+            q = self.heads(q, spec.num_attention_heads, shared, rotated=True)
+            k = self.heads(k, spec.num_key_value_heads, shared, rotated=True)
+            v = self.heads(v, spec.num_key_value_heads, shared)
             q, k = self.rotate(q, k, shared)
             output, attn_weights = self.attention(q, k, v, shared, by_heads=True)
             output = output.view(*x.shape[:-1], width)
