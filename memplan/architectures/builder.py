@@ -210,7 +210,7 @@ class Builder:
             plain = self.parameter(f"{name}.bias", (out_features,)) if bias else None
             return Linear8bitLt(in_features, out_features, plain)
         kept = self._bias_4bit(name, out_features) if bias else None
-        return Linear4bit(in_features, out_features, config.double_quant, self.compute_dtype, kept)
+        return Linear4bit(in_features, out_features, config.double_quant, self.compute_dtype, kept, self.dtype)
 
     @property
     def compute_dtype(self) -> DType:

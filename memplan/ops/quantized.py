@@ -56,6 +56,8 @@ class Linear4bit:
     double_quant: bool
     compute_dtype: DType = DType.bf16
     bias: Parameter | None = None
+    loaded_dtype: DType = DType.bf16
+    """What it was quantised from, and what `dequantize_4bit` gives back (`quant_state.dtype`)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """nn/modules.py `Linear4bit.forward`: input cast to the compute dtype, result cast back."""
@@ -96,16 +98,16 @@ class Linear4bit:
         return absmax, m.empty(shape, x.dtype)
 
     def dequantised(self, m: Machine) -> Tensor:
-        """`dequantize_4bit`: the weight in the dtype it was quantised from, here the compute dtype."""
-        like = Tensor(Storage(m, 0, slot=EXTERNAL), (), self.compute_dtype)
-        return self.dequantise(like, fused=False)[-1]
+        """`dequantize_4bit`: the weight in the dtype it was quantised from."""
+        like = Tensor(Storage(m, 0, slot=EXTERNAL), (), self.loaded_dtype)
+        return self.dequantise(like, fused=False)[-1]  # the absmax dies in dequantize_4bit
 
 
 def _backward_4bit(node: Node, grads: GradList) -> Grads:
     grad, layer = incoming(grads), node.meta
     d_x = None
     if node.needs[0]:
-        weight = layer.dequantise(grad, fused=False)[-1]  # the absmax dies in dequantize_4bit
+        weight = to(layer.dequantised(node.machine), grad.dtype)
         d_x = node.machine.empty((*grad.shape[:-1], layer.in_features), grad.dtype)
         node.machine.calls("cublas")
         del weight
