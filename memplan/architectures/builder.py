@@ -42,7 +42,7 @@ class Weight:
     loaded_dtype: DType | None = None
     """dtype in which it is loaded, or an adapter made, if it is cast afterwards."""
     prepared_dtype: DType | None = None
-    """dtype in which prepare_model_for_kbit_training leaves it, if the first forward casts it once more."""
+    """dtype in which loading and prepare_model_for_kbit_training leave it, where the first forward may cast it."""
     buffer: bool = False
     """Not a parameter (rotary frequencies)."""
     of: str = ""
@@ -221,7 +221,7 @@ class Builder:
         """prepare_model_for_kbit_training casts it to fp32, the layer's first forward casts it back for good
         (bitsandbytes 0.50.2 nn/modules.py `Linear4bit.forward`: `bias.data = bias.data.to(x.dtype)`)."""
         dtype = self.compute_dtype
-        prepared = DType.fp32 if self.config.kbit_prep else None
+        prepared = DType.fp32 if self.config.kbit_prep else self.dtype
         self.weights.append(
             Weight(
                 f"{name}.bias", (width,), dtype, False, "weights", loaded_dtype=self.dtype, prepared_dtype=prepared

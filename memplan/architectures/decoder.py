@@ -42,6 +42,8 @@ class Decoder:
     rotary_name = "model.rotary_emb"
     softmax_in_fp32 = True
     """Eager attention's softmax runs in fp32 whatever the dtype of the scores."""
+    passes_mask_by_position = False
+    """Layers get the mask as a positional argument: a reentrant checkpoint saves it, and holds the others by name."""
     supports_sdpa = True
     """Off, transformers takes eager attention whatever is asked."""
     sliding_layers_have_own_rotary = False

@@ -26,6 +26,7 @@ class GPT2(Decoder):
     layer_prefix = "transformer.h"
     embedding_name = "transformer.wte"
     softmax_in_fp32 = False
+    passes_mask_by_position = True
 
     def rotary_dim(self) -> int | None:
         return None

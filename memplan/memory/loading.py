@@ -26,7 +26,8 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
     """
     loading = Loading(empties_cache=config.method == "qlora" and config.kbit_prep)
     base = [w for w in weights if w.kind != "adapters"]
-    casts: list[tuple[int, Weight]] = []
+    casts: list[Weight] = []
+    slots: dict[int, int] = {}
     makes_map = config.double_quant
     for w in sorted(base, key=lambda w: w.buffer):
         if w.stored:
@@ -34,16 +35,17 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
             makes_map = False
             continue
         loaded = w.loaded_dtype or w.dtype
-        slot = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)
+        slots[id(w)] = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)
         if loaded is not (w.prepared_dtype or w.dtype):
-            casts.append((slot, w))
-    for slot, w in casts:
-        prepared = w.prepared_dtype or w.dtype
-        cast = loading.allocate(loading.casts, w.numel * prepared.itemsize, w.kind)
+            casts.append(w)
+    for w in casts:
+        slot = slots[id(w)]
+        slots[id(w)] = loading.allocate(loading.casts, w.numel * (w.prepared_dtype or w.dtype).itemsize, w.kind)
         loading.free(loading.casts, slot)
-        if prepared is not w.dtype:
+    for w in base:
+        if w.prepared_dtype not in (None, w.dtype):
             loading.allocate(loading.settles, w.numel * w.dtype.itemsize, w.kind)
-            loading.free(loading.settles, cast)
+            loading.free(loading.settles, slots[id(w)])
     make_adapters(loading, weights, config, workspace_bytes)
     return loading
 

@@ -206,7 +206,7 @@ class Composer:
         lives = [self._life_of_shared(pieces, i) for i in range(len(pieces.shared_slots))]
         frees_shared: dict[str, Tape] = {
             end: [(s, 0) for s, life in zip(pieces.shared_slots, lives, strict=True) if life == end]
-            for end in ("forward", "layers")
+            for end in ("forward", "layers", "positional")
         }
         program.play("forward", step, e, frees_shared["forward"])
         if layers[0].x_dies == "model" and not embedding.holds_out:
@@ -234,6 +234,7 @@ class Composer:
             ]
             self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)], between)
             before, slot = f, layer.dx_slot
+        program.play("backward", step, e, frees_shared["positional"])
         if slot >= 0:
             links = [(e, PORT_DY, before, slot)]
             if head.segment.tied_slot >= 0:
@@ -274,6 +275,9 @@ class Composer:
         embedding's (positions, where they are learned)."""
         if pieces.embedding.keeps_shared[index] and not self.config.reentrant:
             return "embedding"
+        if self.config.reentrant and self.decoder.passes_mask_by_position:
+            if pieces.shared_slots[index] == pieces.embedding.mask_slot:
+                return "positional"
         return "layers" if any(layer.keeps_shared[index] for layer in pieces.layers) else "forward"
 
     def _make_optimizer(self, plan: Plan) -> int:

@@ -61,6 +61,7 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     segment = finish("embedding", recorder, build, tapes, out=out, dx=None, keeps_shared=keeps_shared)
     segment.out_requires_grad = out_requires_grad
     segment.keeps_out, segment.holds_out, segment.after_model = keeps_out, holds_out, after_model
+    segment.mask_slot = -1 if shared.mask is None else shared.mask.storage.slot
     segment.after_loss = [(segment.out_slot, 0), *after_loss] if holds_out else after_loss
     return segment, slots
 

@@ -57,6 +57,8 @@ class Segment:
     """What dies when the model's forward returns: its locals."""
     after_loss: Tape = field(default_factory=list)
     """What dies with the loss and its graph."""
+    mask_slot: int = -1
+    """Slot of the attention mask among what the embedding's piece computes."""
     shared_dies: tuple[int, ...] = ()
     """Where on its backward tape the last handle on each of those goes; -1 if not there."""
     keeps_shared: tuple[bool, ...] = ()
