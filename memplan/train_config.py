@@ -129,8 +129,10 @@ class TrainConfig(BaseModel):
         if not isinstance(data, dict):
             return data
         method, stack = data.get("method", "lora"), data.get("stack", "trl")
+        if not isinstance(method, str) or not isinstance(stack, str):
+            return data  # to be refused where the fields are checked
         filled = dict(data)
-        for name, value in PRESETS.get(stack, {}).items() if isinstance(stack, str) else ():
+        for name, value in PRESETS.get(stack, {}).items():
             filled.setdefault(name, value.get(method) if isinstance(value, dict) else value)
         if method in ("lora", "qlora") and filled.get("rank") is None:
             filled["rank"] = 16
@@ -166,7 +168,9 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.autocast and self.weight_dtype == "fp16":
-            raise ValueError("`autocast` is bf16 here, and fp16 weights under bf16 autocast are not a run anybody makes")
+            raise ValueError(
+                "`autocast` is bf16 here, and fp16 weights under bf16 autocast are not a run anybody makes"
+            )
         if self.reentrant and not self.gradient_checkpointing:
             raise ValueError("`reentrant` has no meaning without `gradient_checkpointing`")
         if self.quant_type == "int8" and "double_quant" in self.model_fields_set and self.double_quant:
