@@ -28,6 +28,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -48,20 +49,29 @@ def scalar_values(padding: bool) -> Callable[[torch.Tensor], Any]:
         "find_packed_sequence_indices": True,
         "_ignore_causal_mask_sdpa": not padding,
         "_ignore_bidirectional_mask_sdpa": not padding,
-        "compute_loss": True,  # SFTTrainer's: are there labelled tokens?
     }
 
     def scalar_value(tensor: torch.Tensor) -> Any:
         if tensor.dtype != torch.bool:
             return 1.0 if tensor.dtype.is_floating_point else 1
-        frame = sys._getframe(1)
+        frame = _asking_frame()
+        if frame is not None and frame.f_code.co_name == "compute_loss":  # SFTTrainer's
+            return True
         while frame is not None:
             if frame.f_code.co_name in answers:
                 return answers[frame.f_code.co_name]
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return False
 
     return scalar_value
+
+
+def _asking_frame() -> FrameType | None:
+    """The innermost frame that is neither torch's nor the tracker's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "tests.oracle.tracker")):
+        frame = frame.f_back
+    return frame
 
 
 # --- scratch: bytes held only while a kernel runs ----------------------------------------------------------
