@@ -34,9 +34,7 @@ class ModelSpec(BaseModel):
             each other. `from_hf_config` turns these into `InvalidSpecError`.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     model_type: str = Field(max_length=64)
     """Family, as transformers spells it; it decides gating, norms and biases."""
@@ -181,9 +179,7 @@ class ModelSpec(BaseModel):
             )
         for name in ("layer_types", "no_rope_layers"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_hidden_layers:
-                raise ValueError(
-                    f"`{name}` has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers"
-                )
+                raise ValueError(f"`{name}` has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("`layer_types` names sliding layers, but `sliding_window` is not given")
         if self.rotary_dim is not None and self.rotary_dim > self.head_dim:
@@ -216,11 +212,7 @@ class ModelSpec(BaseModel):
 
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of layer `layer` in tokens; None when its attention is full."""
-        return (
-            self.sliding_window
-            if self.layer_types and self.layer_types[layer] == "sliding_attention"
-            else None
-        )
+        return self.sliding_window if self.layer_types and self.layer_types[layer] == "sliding_attention" else None
 
     def has_rope(self, layer: int) -> bool:
         """Whether layer `layer` rotates queries and keys (smollm3 leaves some out)."""

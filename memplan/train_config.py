@@ -70,7 +70,7 @@ class TrainConfig(BaseModel):
             method has no use for (`rank` with `method="full"`): never silently ignored.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = "lora"
     """`full` trains every weight, `lora` adapters on a frozen base, `qlora` adapters on a 4-bit (or int8) base."""

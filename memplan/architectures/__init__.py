@@ -2,70 +2,77 @@
 
 from __future__ import annotations
 
-from memplan.architectures.bloom import Bloom
-from memplan.architectures.cohere import Cohere
-from memplan.architectures.decoder import Decoder
-from memplan.architectures.deepseek import DeepseekV2, DeepseekV3
-from memplan.architectures.falcon import Falcon
-from memplan.architectures.gemma import Gemma
-from memplan.architectures.gemma2 import Gemma2, Gemma3
-from memplan.architectures.glm import Glm, Glm4
-from memplan.architectures.gpt2 import GPT2
-from memplan.architectures.gpt_neox import GPTNeoX
-from memplan.architectures.gpt_oss import GptOss
-from memplan.architectures.gptj import GPTJ
-from memplan.architectures.granite import Granite
-from memplan.architectures.llama import Llama
-from memplan.architectures.mistral import Mistral
-from memplan.architectures.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
-from memplan.architectures.mpt import Mpt
-from memplan.architectures.olmo import Olmo, Olmo2, Olmo3
-from memplan.architectures.phi import Phi
-from memplan.architectures.opt import OPT
-from memplan.architectures.phi3 import Phi3
-from memplan.architectures.smollm3 import SmolLM3
-from memplan.architectures.stablelm import StableLm
-from memplan.architectures.starcoder2 import Starcoder2
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
 from memplan.train_config import TrainConfig
 
-FAMILIES: dict[str, type[Decoder]] = {
-    "gpt2": GPT2,
-    "gpt_neox": GPTNeoX,
-    "gptj": GPTJ,
-    "opt": OPT,
-    "bloom": Bloom,
-    "falcon": Falcon,
-    "mpt": Mpt,
-    "llama": Llama,
-    "mistral": Mistral,
-    "mixtral": Mixtral,
-    "qwen3_moe": Qwen3Moe,
-    "qwen2_moe": Qwen2Moe,
-    "olmoe": Olmoe,
-    "gpt_oss": GptOss,
-    "deepseek_v2": DeepseekV2,
-    "deepseek_v3": DeepseekV3,
-    "qwen2": Llama,
-    "qwen3": Llama,
-    "granite": Granite,
-    "phi": Phi,
-    "stablelm": StableLm,
-    "starcoder2": Starcoder2,
-    "gemma": Gemma,
-    "gemma2": Gemma2,
-    "gemma3_text": Gemma3,
-    "phi3": Phi3,
-    "olmo": Olmo,
-    "olmo2": Olmo2,
-    "olmo3": Olmo3,
-    "smollm3": SmolLM3,
-    "cohere": Cohere,
-    "glm": Glm,
-    "glm4": Glm4,
-}
+if TYPE_CHECKING:
+    from memplan.architectures.decoder import Decoder
+
+
+class Families(Mapping[str, "type[Decoder]"]):
+    """Class of each `model_type`, from rows of module and class: a run imports only the module of its own family."""
+
+    def __init__(self, rows: Mapping[str, tuple[str, str]]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, model_type: str) -> type[Decoder]:
+        module, name = self._rows[model_type]
+        family: type[Decoder] = getattr(import_module(f"{__name__}.{module}"), name)
+        return family
+
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+FAMILIES = Families(
+    {
+        "gpt2": ("gpt2", "GPT2"),
+        "gpt_neox": ("gpt_neox", "GPTNeoX"),
+        "gptj": ("gptj", "GPTJ"),
+        "opt": ("opt", "OPT"),
+        "bloom": ("bloom", "Bloom"),
+        "falcon": ("falcon", "Falcon"),
+        "mpt": ("mpt", "Mpt"),
+        "llama": ("llama", "Llama"),
+        "mistral": ("mistral", "Mistral"),
+        "mixtral": ("moe", "Mixtral"),
+        "qwen3_moe": ("moe", "Qwen3Moe"),
+        "qwen2_moe": ("moe", "Qwen2Moe"),
+        "olmoe": ("moe", "Olmoe"),
+        "gpt_oss": ("gpt_oss", "GptOss"),
+        "deepseek_v2": ("deepseek", "DeepseekV2"),
+        "deepseek_v3": ("deepseek", "DeepseekV3"),
+        "qwen2": ("llama", "Llama"),
+        "qwen3": ("llama", "Llama"),
+        "granite": ("granite", "Granite"),
+        "phi": ("phi", "Phi"),
+        "stablelm": ("stablelm", "StableLm"),
+        "starcoder2": ("starcoder2", "Starcoder2"),
+        "gemma": ("gemma", "Gemma"),
+        "gemma2": ("gemma2", "Gemma2"),
+        "gemma3_text": ("gemma2", "Gemma3"),
+        "phi3": ("phi3", "Phi3"),
+        "olmo": ("olmo", "Olmo"),
+        "olmo2": ("olmo", "Olmo2"),
+        "olmo3": ("olmo", "Olmo3"),
+        "smollm3": ("smollm3", "SmolLM3"),
+        "cohere": ("cohere", "Cohere"),
+        "glm": ("glm", "Glm"),
+        "glm4": ("glm", "Glm4"),
+    }
+)
 """Family of each `model_type`."""
 
 

@@ -22,7 +22,7 @@ STEP_PHASES = ("forward", "backward", "clip", "optimizer", "zero")
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Environment(_Frozen):
@@ -183,9 +183,7 @@ def read_records(path: str | Path) -> RecordFile:
                 records.append(_record(row))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             hints = ["a measurement file is JSON lines, as `memplan calibrate` writes them"]
-            raise MemplanError(
-                f"`{path}` line {number} is not a record: {_brief(error)}", hints=hints
-            ) from error
+            raise MemplanError(f"`{path}` line {number} is not a record: {_brief(error)}", hints=hints) from error
     return RecordFile(environment=environment, records=tuple(records))
 
 
