@@ -93,6 +93,8 @@ class ModelSpec(BaseModel):
     """Attention biases by distance in place of rotary positions."""
     attn_logit_softcapping: float | None = None
     """tanh cap on attention scores (gemma2)."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to this in place (olmo, olmoe)."""
     final_logit_softcapping: float | None = None
     """tanh cap on the logits (gemma2)."""
 

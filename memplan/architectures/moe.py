@@ -15,7 +15,7 @@ from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, TopKRouter, gated
-from memplan.ops.pointwise import add, mul, saves_result
+from memplan.ops.pointwise import add, clip_in_place, mul, saves_result
 from memplan.ops.rows import flatten_tokens
 from memplan.ops.tensor import Tensor
 
@@ -148,6 +148,8 @@ class Olmoe(Moe):
             q = q_norm(q_proj(x))
             k = k_norm(k_proj(x))
             v = v_proj(x)
+            if spec.clip_qkv is not None:
+                q, k, v = clip_in_place(q), clip_in_place(k), clip_in_place(v)
             q = self.heads(q, spec.num_attention_heads, rotated=rope)
             k = self.heads(k, spec.num_key_value_heads, rotated=rope)
             v = self.heads(v, spec.num_key_value_heads)

@@ -3,7 +3,7 @@
 Sources: transformers 5.17 models/olmo/modeling_olmo.py, models/olmo2/modeling_olmo2.py, models/olmo3/modeling_olmo3.py.
 What is special for memory:
 - the products with cos and sin are fp32 whatever the model's dtype, and cast back after the sum;
-- olmo: LayerNorm without weights, run in fp32 between two casts;
+- olmo: LayerNorm without weights, run in fp32 between two casts; clipping keeps copies of q, k and v;
 - olmo2 and olmo3: norms after attention and MLP in place of before; q and k are normed over their whole projection;
   a norm multiplies by its weight in fp32, and casts after it;
 - olmo3: layers with a sliding window, which have a rotary table of their own.
@@ -16,7 +16,7 @@ from memplan.architectures.decoder import Attention, Layer, Norm, Shared
 from memplan.architectures.llama import Llama
 from memplan.dtypes import DType
 from memplan.ops.norm import LateCastRMSNorm, LayerNorm
-from memplan.ops.pointwise import add, to
+from memplan.ops.pointwise import add, clip_in_place, to
 from memplan.ops.tensor import Tensor
 
 
@@ -45,6 +45,8 @@ class Olmo(Llama):
             q = q_norm(q_proj(x))
             k = k_norm(k_proj(x))
             v = v_proj(x)
+            if spec.clip_qkv is not None:
+                q, k, v = clip_in_place(q), clip_in_place(k), clip_in_place(v)
             q = self.heads(q, spec.num_attention_heads, shared, rotated=True)
             k = self.heads(k, spec.num_key_value_heads, shared, rotated=True)
             v = self.heads(v, spec.num_key_value_heads, shared)

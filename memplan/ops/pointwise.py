@@ -314,6 +314,26 @@ def copied_in_backward(x: Tensor, shape: Shape) -> Tensor:
     return attach(record(x.machine, same_size_backward, (x,)), Tensor(x.storage, shape, x.dtype))
 
 
+def clip_in_place(x: Tensor) -> Tensor:
+    """x.clamp_(min, max): autograd keeps a copy of what it was."""
+    m = x.machine
+    node = None
+    if m.grad_enabled and x.requires_grad:
+        node = record(m, _clip_backward, (x,), (m.empty(x.shape, x.dtype),))
+    return attach(node, Tensor(x.storage, x.shape, x.dtype))
+
+
+def _clip_backward(node: Node, grads: GradList) -> Grads:
+    # FunctionsManual.cpp clamp_backward: where((self >= min).logical_and_(self <= max), grad, zero)
+    grad, x, m = incoming(grads), node.unpack(), node.machine
+    zero = m.empty((), grad.dtype)
+    above, below = m.empty(x.shape, DType.bool8), m.empty(x.shape, DType.bool8)
+    del below, x
+    out = m.empty(grad.shape, grad.dtype)
+    del zero, above
+    return (out,)
+
+
 def add_in_place(x: Tensor, other: Tensor) -> Tensor:
     """x += other on the storage of x."""
     m = x.machine
