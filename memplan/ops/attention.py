@@ -75,7 +75,11 @@ def eager(
     scores_shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     copies = q.shape[0] > 1
     attn_weights = mul_number(
-        bmm(operand(q, copies and not by_heads), operand(key_states, copies and not by_heads and num_groups == 1), scores_shape)
+        bmm(
+            operand(q, copies and not by_heads),
+            operand(key_states, copies and not by_heads and num_groups == 1),
+            scores_shape,
+        )
     )
     if cap is not None:
         attn_weights = cap(attn_weights)
@@ -108,8 +112,15 @@ def operand(x: Tensor, copies: bool) -> Tensor:
 
 
 def softmax_fp32(x: Tensor) -> Tensor:
-    """softmax(x, dtype=float32): a bf16 input is cast first, which costs a temporary (ATen/native/SoftMax.cpp)."""
-    return softmax(to(x, DType.fp32))
+    """softmax(x, dtype=float32): a bf16 input is cast first, which costs a temporary, an fp16 one is read by the kernel
+    (ATen/native/SoftMax.cpp)."""
+    if x.dtype is not DType.fp16:
+        return softmax(to(x, DType.fp32))
+    m = x.machine
+    node = record(m, softmax_backward, (x,), meta=x.dtype)
+    result = result_of(node, m, x.shape, DType.fp32)
+    save_result(node, result)
+    return result
 
 
 def softmax(x: Tensor) -> Tensor:

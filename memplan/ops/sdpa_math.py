@@ -115,10 +115,10 @@ def safe_softmax(x: Tensor) -> Tensor:
 
 
 def softmax_backward(node: Node, grads: GradList) -> Grads:
-    """One tensor, and the product of gradient and result beside it (cuda/SoftMax.cu
-    `softmax_backward_cuda_out`)."""
+    """One tensor, of the dtype in `meta` where the input had another, and the product of gradient and result beside it
+    (cuda/SoftMax.cu `softmax_backward_cuda_out`)."""
     result, m = node.unpack(), node.machine
-    out = m.empty(result.shape, result.dtype)
+    out = m.empty(result.shape, node.meta or result.dtype)
     product = m.empty(result.shape, result.dtype)
     del product, result
     return (out,)
