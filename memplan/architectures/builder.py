@@ -283,10 +283,13 @@ class Builder:
     def offset_rms_norm(self, name: str, width: int) -> OffsetRMSNorm:
         return OffsetRMSNorm(*self.own(name, ("weight", (width,))))
 
-    def layer_norm(self, name: str, width: int, *, bias: bool = True, affine: bool = True) -> LayerNorm:
+    def layer_norm(
+        self, name: str, width: int, *, bias: bool = True, affine: bool = True, strided: bool = False
+    ) -> LayerNorm:
         leaves = [("weight", (width,)), *([("bias", (width,))] if bias else [])] if affine else []
         made = self.own(name, *leaves, of="LayerNorm")
-        return LayerNorm(*made, *[None] * (2 - len(made)))
+        weight, made_bias = (*made, None, None)[:2]
+        return LayerNorm(weight, made_bias, strided)
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> Tensor:
         """A tensor that the model keeps on the device and that is no parameter."""

@@ -6,7 +6,8 @@ Source: transformers 5.17 models/phi/modeling_phi.py.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Layer, Norm, Shared
+from memplan.architectures.decoder import Layer, Norm
+from memplan.architectures.shared import Shared
 from memplan.architectures.stablelm import StableLm
 from memplan.ops.pointwise import add, dropout
 from memplan.ops.tensor import Tensor
@@ -20,6 +21,9 @@ class Phi(StableLm):
 
     def final_norm(self, build: Builder) -> Norm:
         return build.layer_norm("model.final_layernorm", self.spec.hidden_size)
+
+    def head_norm(self, build: Builder, name: str, num_heads: int) -> Norm:
+        return build.layer_norm(name, self.spec.head_dim, strided=True)
 
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
         spec = self.spec

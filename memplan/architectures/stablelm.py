@@ -1,15 +1,17 @@
 """stablelm: LayerNorm with bias, a part of each head rotated, gated MLP; attention and MLP side by side or in turn.
 
 Source: transformers 5.17 models/stablelm/modeling_stablelm.py. What is special for memory: the rotated part of the head
-is concatenated with the rest, so that q and k lie by heads and attention's result is copied once more.
+is concatenated with the rest, so that q and k lie by heads and attention's result is copied once more; 12b norms each
+head of q and k apart.
 """
 
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm, Shared
+from memplan.architectures.decoder import Attention, Layer, Norm
 from memplan.architectures.llama import Llama
-from memplan.ops.pointwise import add, dropout
+from memplan.architectures.shared import Shared
+from memplan.ops.pointwise import add, cat_last, dropout, split_last
 from memplan.ops.rotary import apply_partial_rotary_pair
 from memplan.ops.tensor import Tensor
 
@@ -58,18 +60,35 @@ class StableLm(Llama):
         k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
         v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
         o_proj = build.linear(f"self_attn.{self.output_name}", width, hidden, bias=spec.attention_out_bias)
+        q_norm = self.head_norm(build, "self_attn.q_layernorm", spec.num_attention_heads) if spec.qk_norm else None
+        k_norm = self.head_norm(build, "self_attn.k_layernorm", spec.num_key_value_heads) if spec.qk_norm else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             q, k, v = q_proj(x), k_proj(x), v_proj(x)
             q = self.heads(q, spec.num_attention_heads, rotated=True)
             k = self.heads(k, spec.num_key_value_heads, rotated=True)
             v = self.heads(v, spec.num_key_value_heads)
+            if q_norm is not None and k_norm is not None:
+                q = q_norm(q)
+                k = k_norm(k)
             assert shared.cos is not None and shared.sin is not None
             q, k = apply_partial_rotary_pair(q, k, shared.cos, shared.sin)
             attn_output, attn_weights = self.attention(q, k, v, shared, by_heads=True)
             attn_output = attn_output.view(*x.shape[:-1], width)
             attn_output = o_proj(attn_output)
             return attn_output, attn_weights
+
+        return forward
+
+    def head_norm(self, build: Builder, name: str, num_heads: int) -> Norm:
+        """Each head is normed apart, by a LayerNorm of its own, and all are concatenated (`StableLmLayerNormPerHead`)."""
+        width = self.spec.head_dim
+        norms = [build.layer_norm(f"{name}.norms.{i}", width, bias=False, strided=True) for i in range(num_heads)]
+
+        def forward(x: Tensor) -> Tensor:
+            batch, _, tokens, _ = x.shape
+            heads = split_last(x.view(batch, tokens, num_heads * width), *[width] * num_heads)
+            return cat_last([norm(head) for norm, head in zip(norms, heads, strict=True)]).view(*x.shape)
 
         return forward
 

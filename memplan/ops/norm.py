@@ -98,19 +98,24 @@ class LayerNorm:
 
     weight: Parameter | None
     bias: Parameter | None
+    strided: bool = False
+    """The input is no contiguous tensor (heads of a projection): the kernel works on a copy, forward and backward."""
 
     def __call__(self, x: Tensor) -> Tensor:
         m = x.machine
         x = high(x)
+        copies = self.strided and m.device.is_cuda
         weight = None if self.weight is None else high(self.weight)
         bias = None if self.bias is None else high(self.bias)
         inputs = [x, *[t for t in (weight, bias) if t is not None]]
         saved = [x] + ([weight] if weight is not None else []) + ([bias] if bias is not None else [])
-        node = record(m, _layer_norm_backward, inputs, saved, meta=len(saved))
+        node = record(m, _layer_norm_backward, inputs, saved, meta=(len(saved), copies))
+        dense = m.empty(x.shape, x.dtype) if copies else None
         result = result_of(node, m, x.shape, x.dtype)
         rows = (*x.shape[:-1], 1)
         statistics = m.empty(rows, DType.fp32), m.empty(rows, DType.fp32)
         save_result(node, *statistics)
+        del dense
         return result
 
     def parameters(self) -> list[Parameter]:
@@ -119,9 +124,11 @@ class LayerNorm:
 
 def _layer_norm_backward(node: Node, grads: GradList) -> Grads:
     grad, m = incoming(grads), node.machine
+    num_inputs, copies = node.meta
     saved = [node.unpack(i) for i in range(len(node.saved))]
+    dense = m.empty(grad.shape, grad.dtype) if copies else None
     out: list[Tensor | None] = [m.empty(grad.shape, grad.dtype) if node.needs[0] else None]
-    for index in range(1, node.meta):
+    for index in range(1, num_inputs):
         out.append(m.empty(saved[index].shape, saved[index].dtype) if node.needs[index] else None)
-    del saved
+    del saved, dense
     return out
