@@ -188,7 +188,7 @@ def fit(
         free_only: with `auto`, count only what is free now (a desktop or another job holds the rest).
 
     Raises:
-        MemplanError: as `estimate`, and for `auto` where there is no card.
+        MemplanError: as `estimate`, for `auto` where there is no card, and for `free_only` with any other.
     """
     fitter, run = _fitter(model, config, gpu, free_only, allocator, fields)
     verdict = fitter.verdict(run)
@@ -267,6 +267,8 @@ def _fitter(
     if isinstance(gpu, str) and gpu.strip().lower() == "auto":
         found = gpus.detect()
         card, capacity = found.spec, found.free_bytes if free_only else found.total_bytes
+    elif free_only:
+        raise MemplanError("what is free is known of the card of this machine alone", hints=["use `--gpu auto`"])
     else:
         card = gpus.get(gpu) if isinstance(gpu, str) else gpu
         capacity = card.memory_bytes

@@ -60,7 +60,7 @@ class ValidationDocument(Report):
 
     command: Literal["validate"] = "validate"
     num_runs: int
-    share_of_right_phases: float
+    share_of_right_phases: float | None
     summaries: dict[str, SummaryReport]
     by_method: dict[str, dict[str, SummaryReport]]
     by_family: dict[str, dict[str, SummaryReport]]
@@ -74,9 +74,7 @@ class ValidationDocument(Report):
 
         def grouped(key: str) -> Any:
             groups = validation.by(lambda run: str(getattr(run, key)))
-            return {
-                name: {tier: SummaryReport.of(s) for tier, s in tiers.items()} for name, tiers in groups.items()
-            }
+            return {name: {tier: SummaryReport.of(s) for tier, s in tiers.items()} for name, tiers in groups.items()}
 
         return cls(
             num_runs=len(validation.runs),

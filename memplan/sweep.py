@@ -12,12 +12,13 @@ from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import Estimate, ModelLike, make_config
 from memplan.gpus import GpuSpec
 from memplan.model_spec import ModelSpec
-from memplan.train_config import TrainConfig
+from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, TrainConfig
 
 NUMERIC = ("rank", "seq_len", "micro_batch_size", "gradient_accumulation_steps", "lora_dropout")
 NAMED = ("method", "model", "attention", "optimizer", "loss", "weight_dtype", "stack", "quant_type")
 KNOBS = (*NUMERIC, *NAMED)
 MAX_POINTS = 2000
+_UNUSED = {"full": (*_ADAPTER_FIELDS, *_QUANT_FIELDS), "lora": _QUANT_FIELDS}
 
 Value = int | float | str
 
@@ -84,7 +85,9 @@ def _range(listed: str, text: str) -> Iterator[int]:
         low, high = int(first), int(last)
         by, times = (0, int(step[1:])) if step.startswith("x") else (int(step), 1)
     except ValueError:
-        raise MemplanError(f"`{text}` is no range", hints=["write FIRST:LAST:STEP, or FIRST:LAST:x2 to double"]) from None
+        raise MemplanError(
+            f"`{text}` is no range", hints=["write FIRST:LAST:STEP, or FIRST:LAST:x2 to double"]
+        ) from None
     if low < 1 or high < low or (by < 1 and times < 2):
         raise MemplanError(f"`{text}` does not go from a small number up")
     made = 0
@@ -107,16 +110,19 @@ def sweep(
     """Estimates of `model` over every combination of the values in `over`.
 
     Args:
-        over: knob -> values: fields of TrainConfig, or `model`.
+        over: knob -> values: fields of TrainConfig, or `model`. Over methods, a field that one of them has no use for
+            applies to the others.
         config, gpu, fields: as `estimate`.
 
     Raises:
-        MemplanError: as `estimate`, an unknown knob, or more than MAX_POINTS combinations.
+        MemplanError: as `estimate`, an unknown knob or one without values, or more than MAX_POINTS combinations.
     """
     knobs = tuple(over)
     for knob in knobs:
         if knob not in KNOBS:
             raise UnknownNameError("knob", knob, KNOBS)
+        if not over[knob]:
+            raise MemplanError(f"`{knob}` has no values")
     values = tuple(tuple(over[knob]) for knob in knobs)
     combinations = list(product(*values))
     if len(combinations) > MAX_POINTS:
@@ -131,8 +137,9 @@ def sweep(
         if name not in specs:
             specs[name] = name if isinstance(name, ModelSpec) else catalog.load(str(name))
         run = {**base, **changed}
-        if run.get("method") == "full":
-            run.pop("rank", None)  # a sweep over methods says a rank once, for those that have one
+        if "method" in knobs:  # what is said once is for the methods that have a use for it
+            unused = _UNUSED.get(str(run["method"]), ())
+            run = {name: value for name, value in run.items() if name not in unused}
         points.append(Point(combination, Estimate(specs[name], make_config(run), card)))
     return Sweep(knobs, values, tuple(points))
 

@@ -83,9 +83,10 @@ class Validation:
         return sorted(self.rows(tier), key=lambda row: -abs(row.error))[:count]
 
     @property
-    def share_of_right_phases(self) -> float:
+    def share_of_right_phases(self) -> float | None:
+        """Of the runs whose peak phase was recorded; None if it was of none."""
         known = [run.phase_is_right for run in self.runs if run.phase_is_right is not None]
-        return sum(known) / len(known) if known else 0.0
+        return sum(known) / len(known) if known else None
 
 
 def records_dir() -> Path:

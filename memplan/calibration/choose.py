@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -35,8 +38,7 @@ def cases_for(
     if model is not None:
         config = make_config(run)
         said = {name: getattr(config, name) for name in sorted(config.model_fields_set)}
-        name = "-".join([model.replace("/", "_"), config.method, *[f"{k}={v}" for k, v in said.items()]])
-        return [Case(id=name, hf_config=catalog.source_config(model), config=said)]
+        return [Case(id=_id(model, said, config.method), hf_config=catalog.source_config(model), config=said)]
     limit = int(card.total_bytes * share)
     stacks = ("torch", "trainer", "trl") if _has_trl() else ("torch", "trainer")
 
@@ -49,12 +51,18 @@ def cases_for(
             cases = [c for c in read_cases(file) if c.train_config().stack in stacks]
         cases = [c for c in cases if bytes_of(c.hf_config, c.train_config()) <= limit]
     else:
-        cases = draw(
-            seed, NUM_FULL if full else NUM_DEFAULT, max_bytes=limit, stacks=stacks, bytes_of=bytes_of
-        )
+        cases = draw(seed, NUM_FULL if full else NUM_DEFAULT, max_bytes=limit, stacks=stacks, bytes_of=bytes_of)
     if not cases:
         raise MemplanError("nothing that memplan could measure fits on this GPU")
     return cases
+
+
+def _id(model: str, said: dict[str, Any], method: str) -> str:
+    """Names a run: readable, of the letters that an id may have, and another one for any other model or options."""
+    text = json.dumps([model, said], sort_keys=True, default=str)
+    words = [model.rstrip("/").rpartition("/")[2], method, *(f"{k}_{v}" for k, v in said.items() if k != "method")]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))
+    return f"{readable[:100].strip('-_')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _has_trl() -> bool:

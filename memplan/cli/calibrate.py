@@ -88,7 +88,8 @@ def calibrate(
     try:
         card = gpus.detect()
     except MemplanError as error:
-        hints = ["`memplan validate` replays the shipped measurements without a GPU", *error.hints]
+        useful = [hint for hint in error.hints if "--gpu" not in hint]  # a card by name has no steps to run
+        hints = ["`memplan validate` replays the shipped measurements without a GPU", *useful]
         raise MemplanError(error.message, hints=hints) from None
     held = card.total_bytes - card.free_bytes
     if held > 0.1 * card.total_bytes and not busy:

@@ -61,6 +61,8 @@ def fit(
         try:
             gpus.detect()
         except MemplanError:
+            if free:
+                raise
             _over_cards(model, run, allocator, as_json)
             return
         gpu = "auto"

@@ -42,18 +42,14 @@ Capacity = Annotated[
     typer.Option(metavar="GPUS", help="Draw the memory of these cards, such as rtx-4090,a100-80gb.",
                  rich_help_panel=PICTURE),
 ]  # fmt: skip
-Tier = Annotated[
-    str, typer.Option(metavar="TIER", help="process, reserved or allocated.", rich_help_panel=PICTURE)
-]
+Tier = Annotated[str, typer.Option(metavar="TIER", help="process, reserved or allocated.", rich_help_panel=PICTURE)]
 Stacked = Annotated[
     bool, typer.Option("--stacked", metavar="", help="What is alive at the peak, stacked.", rich_help_panel=PICTURE)
 ]
 Timeline = Annotated[
     bool, typer.Option("--timeline", metavar="", help="One step from left to right.", rich_help_panel=PICTURE)
 ]
-Style = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A matplotlib style sheet.", rich_help_panel=PICTURE)
-]
+Style = Annotated[str | None, typer.Option(metavar="NAME", help="A matplotlib style sheet.", rich_help_panel=PICTURE)]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="png, svg or pdf by its suffix; - is stdout, a png.",
@@ -87,6 +83,10 @@ def plot(
     knobs = [parse_over(text) for text in over or ()]
     if timeline == bool(knobs) or len(knobs) > 2:
         raise MemplanError("say what to draw", hints=["`--over rank=4,8,16` once or twice, or `--timeline`"])
+    if methods and len(knobs) != 1:
+        raise MemplanError("`--methods` draws a line for each over one knob", hints=["give `--over` once"])
+    if len({knob for knob, _ in knobs}) < len(knobs):
+        raise MemplanError(f"`{knobs[0][0]}` is given twice", hints=["list its values in one `--over`"])
     if tier not in TIERS:
         raise MemplanError(f"`{tier}` is no tier", hints=["one of " + ", ".join(TIERS)])
     if output is None and not as_json:

@@ -61,13 +61,15 @@ def validate(
     No GPU and no torch: this is how anybody checks our figures in seconds.
     """
     from memplan.cli.progress import counted
-    from memplan.errors import UnknownNameError
+    from memplan.errors import MemplanError, UnknownNameError
     from memplan.validation import validate as validate_files
 
     if by not in KEYS:
         raise UnknownNameError("key", by, KEYS)
     with counted("replaying") as progress:
         validation = validate_files(files or (), progress=progress)
+    if not validation.runs and not validation.comparison.unpredicted:
+        raise MemplanError("no run in these files has finished", hints=["`memplan calibrate` measures some"])
     if plot is not None:
         from memplan.plot import predicted_against_measured, save
 
@@ -84,7 +86,9 @@ def validate(
 def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[str]:
     comparison = validation.comparison
     yield bold(f"{len(validation.runs)} measured runs against their predictions")
-    yield f"peak in the phase predicted: {validation.share_of_right_phases:.1%}"
+    share = validation.share_of_right_phases
+    if share is not None:
+        yield f"peak in the phase predicted: {share:.1%}"
     yield ""
     yield heading("error", "share of the measured bytes; low: under by more than 0.5 %")
     yield from columns([_HEAD, *[_cells(s.tier, s) for s in comparison.summaries.values()]], "lrrrrrr")

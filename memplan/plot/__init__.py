@@ -1,10 +1,10 @@
 """Pictures of estimates, as matplotlib figures. Nothing here shows a window: save a figure, or display it yourself.
 
-    over(model, "rank", [4, 8, 16])     one knob: a line a method, or stacked components
-    over_rank(model)                    memory against rank
-    heat_map(model, "seq_len", ..., "micro_batch_size", ...)   two knobs, with the cards' capacities as contours
-    timeline(model)                     one step: what is alive when
-    predicted_against_measured(validation)
+over(model, "rank", [4, 8, 16])     one knob: a line a method, or stacked components
+over_rank(model)                    memory against rank
+heat_map(model, "seq_len", ..., "micro_batch_size", ...)   two knobs, with the cards' capacities as contours
+timeline(model)                     one step: what is alive when
+predicted_against_measured(validation)
 """
 
 from memplan.plot.accuracy import predicted_against_measured

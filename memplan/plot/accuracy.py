@@ -47,6 +47,7 @@ def predicted_against_measured(validation: Validation) -> Figure:
             ax.set_axisbelow(True)
     axes[0][0].set_ylabel("GiB predicted")
     axes[1][0].set_ylabel("error, %")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    if methods:
+        axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{len(validation.runs)} measured runs", fontsize=11)
     return figure

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memplan import gpus
+from memplan.errors import MemplanError
 from memplan.plot.style import axes_for, in_gib, run_title
 from memplan.sweep import Value, sweep
 
@@ -32,9 +33,11 @@ def heat_map(
     """Memory in every cell of two knobs; the border of what fits on each card of `capacities` as a line.
 
     Raises:
-        MemplanError: as `sweep`.
+        MemplanError: as `sweep`, and for one knob given twice.
     """
     (x_knob, xs), (y_knob, ys) = across, up
+    if x_knob == y_knob:
+        raise MemplanError(f"`{x_knob}` goes both across and up", hints=["sweep over two different knobs"])
     swept = sweep(model, {y_knob: ys, x_knob: xs}, config, gpu=gpu, **fields)
     figure, ax = axes_for(ax, width=1.8 + 0.75 * len(xs), height=1.9 + 0.45 * len(ys))
     sizes = [getattr(p.estimate, f"{tier}_bytes") for p in swept.points]

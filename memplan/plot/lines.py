@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memplan import gpus
+from memplan.errors import MemplanError
 from memplan.plot.style import COMPONENT_COLOURS, LABELS, LINES, axes_for, gib_axis, in_gib, run_title
 from memplan.sweep import NUMERIC, Point, Value, sweep
 
@@ -49,8 +50,12 @@ def over(
         ax: draw there; a new figure otherwise.
 
     Raises:
-        MemplanError: as `sweep`.
+        MemplanError: as `sweep`; several methods where one is stacked, or where methods are swept over.
     """
+    if stacked and methods:
+        raise MemplanError("components are stacked for one method", hints=["sweep over `method` to stack several"])
+    if knob == "method" and methods:
+        raise MemplanError("`method` is swept over already", hints=["leave out the lines by method"])
     swept = sweep(model, {"method": tuple(methods), knob: values} if methods else {knob: values},
                   config, gpu=gpu, **fields)  # fmt: skip
     figure, ax = axes_for(ax)
@@ -71,7 +76,7 @@ def over(
                     ha="left", va="bottom", fontsize=8, color="#444444")  # fmt: skip
     gib_axis(ax, f"{'allocated' if stacked else tier} memory at the peak, GiB")
     ax.set_xlabel(knob.replace("_", " "))
-    if len(numbers) > 2 and max(numbers) >= 8 * min(numbers):
+    if len(numbers) > 2 and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
         ax.set_xscale("log", base=2)
     ax.set_xticks(places, [f"{v:,}" if isinstance(v, int) else str(v) for v in values])
     ax.minorticks_off()
