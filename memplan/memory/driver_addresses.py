@@ -15,7 +15,7 @@ The driver promises none of this; another process with other libraries has other
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 
 from memplan.memory.allocator_blocks import SegmentEvent
 from memplan.units import MIB
@@ -42,8 +42,11 @@ class DriverAddresses:
             [(_ARENA_AT, ARENA_BYTES)],
             [(_ARENA_AT - LOW_HOLE_BYTES, LOW_HOLE_BYTES)],
         ]
+        # Their numbers by the size of the largest hole, ascending: a full fine-tune takes thousands of segments.
+        self._rooms = [ARENA_BYTES, LOW_HOLE_BYTES]
+        self._by_room: dict[int, list[int]] = {ARENA_BYTES: [0], LOW_HOLE_BYTES: [1]}
         self._bottom = _ARENA_AT - 1024 * MIB
-        self._owner: dict[int, list[Hole]] = {}
+        self._owner: dict[int, int] = {}
         self._events: list[SegmentEvent] = []
         self._num_seen = 0
         self._to_load = dict(KERNEL_BYTES)
@@ -61,26 +64,46 @@ class DriverAddresses:
     def take(self, size_bytes: int) -> int:
         """The address of a new segment."""
         self._take_back()
-        for holes in reversed(self._holes):
-            for index, (address, room) in enumerate(holes):
-                if room >= size_bytes:
-                    holes[index : index + 1] = [(address + size_bytes, room - size_bytes)] if room > size_bytes else []
-                    self._owner[address] = holes
-                    return address
+        number = max((numbers[-1] for room, numbers in self._by_room.items() if room >= size_bytes), default=-1)
+        if number >= 0:
+            holes = self._holes[number]
+            index, address, room = next((i, at, room) for i, (at, room) in enumerate(holes) if room >= size_bytes)
+            holes[index : index + 1] = [(address + size_bytes, room - size_bytes)] if room > size_bytes else []
+            self._owner[address] = number
+            self._sort_in(number)
+            return address
         reserved = -(-size_bytes // RESERVATION_BYTES) * RESERVATION_BYTES
         self._bottom -= reserved
         rest = reserved - size_bytes
-        holes = [(self._bottom + size_bytes, rest)] if rest else []
-        self._holes.append(holes)
-        self._owner[self._bottom] = holes
+        number = len(self._holes)
+        self._holes.append([(self._bottom + size_bytes, rest)] if rest else [])
+        self._rooms.append(0)
+        self._sort_in(number)
+        self._owner[self._bottom] = number
         return self._bottom
+
+    def _sort_in(self, number: int) -> None:
+        """The holes of a reservation have changed."""
+        before = self._rooms[number]
+        largest = self._rooms[number] = max((room for _, room in self._holes[number]), default=0)
+        if largest == before:
+            return
+        if before:
+            numbers = self._by_room[before]
+            del numbers[bisect_left(numbers, number)]
+            if not numbers:
+                del self._by_room[before]
+        if largest:
+            insort(self._by_room.setdefault(largest, []), number)
 
     def _take_back(self) -> None:
         for event in self._events[self._num_seen :]:
-            holes = self._owner.pop(event.address, None) if event.action == _FREED else None
-            if holes is not None:
+            number = self._owner.pop(event.address, None) if event.action == _FREED else None
+            if number is not None:
+                holes = self._holes[number]
                 insort(holes, (event.address, event.size_bytes))
                 _merge(holes)
+                self._sort_in(number)
         self._num_seen = len(self._events)
 
 

@@ -50,13 +50,13 @@ def sum_tape(tape: Tape, frame: Frame) -> TapeSum:
         live += size or -sizes[slot]
         if live > best:
             best, best_at = live, position + 1
-    peak: Bytes = {}
-    for position, (slot, size) in enumerate(tape):
+    for slot, size in tape[:best_at]:
         kind = kinds[slot]
-        change = size or -sizes[slot]
-        net[kind] = net.get(kind, 0) + change
-        if position < best_at:
-            peak[kind] = peak.get(kind, 0) + change
+        net[kind] = net.get(kind, 0) + (size or -sizes[slot])
+    peak = net.copy()
+    for slot, size in tape[best_at:]:
+        kind = kinds[slot]
+        net[kind] = net.get(kind, 0) + (size or -sizes[slot])
     return TapeSum(net, peak, live, best)
 
 
@@ -80,7 +80,9 @@ def fold(program: Program) -> Ledger:
             phase.peak_bytes = high
         if high > ledger.peak_bytes and play.phase not in BEFORE_STEPS:
             ledger.peak_bytes, ledger.peak_phase, ledger.peak_step = high, play.phase, play.step
-            ledger.components = {k: live.get(k, 0) + tape_sum.peak.get(k, 0) for k in live.keys() | tape_sum.peak.keys()}
+            ledger.components = {
+                k: live.get(k, 0) + tape_sum.peak.get(k, 0) for k in live.keys() | tape_sum.peak.keys()
+            }
         for kind, change in tape_sum.net.items():
             live[kind] = live.get(kind, 0) + change
         total += tape_sum.net_total

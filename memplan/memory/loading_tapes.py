@@ -25,8 +25,8 @@ class Loading:
         return chain(self.base, self.casts, self.adapters, self.settles)
 
     def allocate(self, tape: Tape, num_bytes: int, kind: str = "temporaries") -> int:
+        slot = len(self.kinds)
         self.kinds.append(kind)
-        slot = len(self.kinds) - 1
         tape.append((slot, round_block(num_bytes)))
         return slot
 
