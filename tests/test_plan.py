@@ -215,12 +215,20 @@ def test_bad_command_lines_exit_2(arguments: str, capsys: pytest.CaptureFixture[
 
 
 def test_the_front_can_be_drawn(made: memplan.Plan, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from memplan.plan_plot import plot_front
+    from memplan.plan_plot import plan_front
 
-    plot_front(made, tmp_path / "front.png")
+    (axes,) = plan_front(made).axes
+    names = {text.get_text().removesuffix(" (take this)") for text in axes.texts}
+    assert names >= {c.gpu for c in made.front}
+    assert any(text.get_text() == f"{made.recommended.gpu} (take this)" for text in axes.texts)
+    with pytest.raises(MemplanError, match="nothing to draw"):
+        plan_front(plan("qwen3-0.6b", num_tokens=TOKENS, gpu_names=["h200"], price=3.0, max_usd=1e-9))
+
+
+def test_the_command_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "plan qwen3-0.6b --num-tokens 1M --gpus h200 --price 3 --methods lora --plot".split()
+    assert run([*arguments, str(tmp_path / "front.png")]) == 0
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(MemplanError, match="cannot draw"):
-        plot_front(made, tmp_path / "front.doc")
-    with pytest.raises(MemplanError, match="cannot draw"):
-        plot_front(made, tmp_path / "no" / "front.png")
+    assert run([*arguments, str(tmp_path / "front.doc")]) == 2
+    assert run([*arguments, str(tmp_path / "no" / "front.png")]) == 2
+    assert "error: " in capsys.readouterr().err

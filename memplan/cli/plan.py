@@ -112,9 +112,10 @@ def plan(
         kind=kind,
     )
     if plot is not None:
-        from memplan.plan_plot import plot_front
+        from memplan.plan_plot import plan_front
+        from memplan.plot.save import save
 
-        plot_front(result, plot)
+        save(plan_front(result), plot)
     if as_json:
         from memplan.cost_report import PlanReport
 

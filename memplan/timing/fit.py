@@ -33,8 +33,11 @@ from memplan.timing.work import StepWork, step_work
 from memplan.train_config import TrainConfig
 
 HUBER = 0.15
-PRIOR = 0.1
-LAUNCH_BOUND_WEIGHT = 0.1
+NOISE = 0.1
+"""Typical error of a row, to weigh the pull to the start against it."""
+WIDTHS = {"matmul": 0.1, "stream": 0.1, "kernel": 0.3}
+"""How far (in logarithm) a constant may be expected from its start where that is known beforehand; 1 for the others."""
+LAUNCH_BOUND_WEIGHT = 0.3
 NAMES = tuple(field.name for field in dataclasses.fields(Constants))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -47,7 +50,7 @@ class Row:
     config: TrainConfig
     work: StepWork
     seconds: float
-    """Fastest step after the first, which pays for compilation, allocation and the making of optimizer states."""
+    """The fastest of its clean steps."""
     held_out: bool
 
     def predict(self, gpu: GpuSpec, constants: Constants) -> StepTime:
@@ -55,13 +58,13 @@ class Row:
 
 
 def load_rows(paths: Iterable[Path], *, seed: int, held_out: float) -> tuple[list[Row], dict[str, int]]:
-    """Rows of all finished runs of at least two steps, and how many were left out, by reason."""
+    """Rows of all finished runs with a step to go by, and how many were left out, by reason."""
     rows: list[Row] = []
     left_out: dict[str, int] = {}
     for path in paths:
         for record in read_records(path).records:
-            if record.status != "ok" or len(record.step_seconds) < 2:
-                reason = "no second step" if record.status == "ok" else record.status
+            if record.status != "ok" or not clean_steps(record):
+                reason = "no step that is neither the first nor traced" if record.status == "ok" else record.status
                 left_out[reason] = left_out.get(reason, 0) + 1
                 continue
             try:
@@ -71,6 +74,15 @@ def load_rows(paths: Iterable[Path], *, seed: int, held_out: float) -> tuple[lis
     return rows, left_out
 
 
+def clean_steps(record: Record) -> list[float]:
+    """Seconds of the steps that tell how fast the run is: not the first, which pays for compilation, allocation and the
+    making of optimizer states, and not one during which allocations were traced."""
+    traced = record.case.snapshot_step if record.case.snapshot else None
+    if traced == 0:
+        return []
+    return [s for number, s in enumerate(record.step_seconds, 1) if number > 1 and number != traced]
+
+
 def _row(record: Record, seed: int, held_out: float) -> Row:
     config = record.case.train_config()
     model = ModelSpec.from_hf_config(record.case.hf_config)
@@ -78,7 +90,7 @@ def _row(record: Record, seed: int, held_out: float) -> Row:
     work = step_work(estimate.program, model, config)
     run = json.dumps([record.case.hf_config, config.model_dump(mode="json")], sort_keys=True)
     digest = hashlib.sha256(f"{seed}:{run}".encode()).digest()
-    return Row(record.case.id, config, work, min(record.step_seconds[1:]), digest[0] < 256 * held_out)
+    return Row(record.case.id, config, work, min(clean_steps(record)), digest[0] < 256 * held_out)
 
 
 def fit(rows: Sequence[Row], gpu: GpuSpec) -> Constants:
@@ -97,6 +109,7 @@ def _fit(rows: Sequence[Row], gpu: GpuSpec, row_weights: Sequence[float], *, num
     import numpy as np
 
     trust = np.array(row_weights)
+    prior = np.array([(NOISE / WIDTHS.get(name, 1.0)) ** 2 for name in NAMES])
 
     first = np.log(np.array([getattr(Constants(), name) for name in NAMES]))
     at, damping = first.copy(), 1e-2
@@ -108,7 +121,7 @@ def _fit(rows: Sequence[Row], gpu: GpuSpec, row_weights: Sequence[float], *, num
     def loss(r: Any, point: Any) -> float:
         size = np.abs(r)
         huber = np.where(size < HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER))
-        return float((trust * huber).sum() + 0.5 * PRIOR**2 * ((point - first) ** 2).sum())
+        return float((trust * huber).sum() + 0.5 * (prior * (point - first) ** 2).sum())
 
     r = residuals(at)
     best = loss(r, at)
@@ -119,8 +132,8 @@ def _fit(rows: Sequence[Row], gpu: GpuSpec, row_weights: Sequence[float], *, num
             moved[index] += 1e-4
             jacobian[:, index] = (residuals(moved) - r) / 1e-4
         weights = trust * np.minimum(1.0, HUBER / np.maximum(np.abs(r), 1e-12))
-        hessian = jacobian.T @ (weights[:, None] * jacobian) + PRIOR**2 * np.eye(len(NAMES))
-        gradient = jacobian.T @ (weights * r) + PRIOR**2 * (at - first)
+        hessian = jacobian.T @ (weights[:, None] * jacobian) + np.diag(prior)
+        gradient = jacobian.T @ (weights * r) + prior * (at - first)
         before = best
         for _ in range(12):
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)

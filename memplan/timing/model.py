@@ -2,6 +2,11 @@
 
 Launching is asynchronous, so within a phase both run at once, and a device that lags behind lets the host run ahead
 into the next phase: end = max(end + device, host's begin + max(host, device)), phase by phase.
+
+The host waits where it reads a result: Trainer looks whether each loss is a number (transformers 5.17 trainer.py,
+`logging_nan_inf_filter`), SFTTrainer reads its metrics after each forward (TRL 1.16 trainer/sft_trainer.py
+`compute_loss`), and LLM.int8 asks in every product whether there are outliers (bitsandbytes 0.50.2 backends/cuda/ops.py
+`int8_vectorwise_quant`), so that its forward does not overlap at all.
 """
 
 from __future__ import annotations
@@ -70,12 +75,19 @@ def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Consta
     line = roofline(gpu, half_dtype(config), constants)
     micro, update = _device(work, line, config)
     micro_host, update_host = _host(work, config, constants)
-    begin = end = 0.0
+    waits_within, waits_after = _waits(config)
+    begin = end = host = 0.0
     parts = dict.fromkeys(("matrix products", "attention", "elementwise", "dequantisation", "optimizer"), 0.0)
     for number in range(work.num_micro_steps):
         for phase in ("forward", "backward"):
             device = sum(micro[phase].values())
-            begin, end = _advance(begin, end, micro_host[phase], device)
+            if phase in waits_within:
+                begin = end = max(begin, end) + micro_host[phase] + device
+            else:
+                begin, end = _advance(begin, end, micro_host[phase], device)
+            if phase in waits_after:
+                begin = end
+            host += micro_host[phase]
             for name, seconds in micro[phase].items():
                 parts[name] += seconds
         if number:
@@ -86,13 +98,22 @@ def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Consta
     parts["optimizer"] += update
     return StepTime(
         step_seconds=end + constants.per_step,
-        host_seconds=begin + constants.per_step,
+        host_seconds=host + update_host + constants.per_step,
         device_seconds=parts,
         floor_seconds=_floor(work, line),
         tokens=work.tokens * work.num_micro_steps,
         model_flops=work.model_flops,
         peak_flops=line.half_flops,
     )
+
+
+def _waits(config: TrainConfig) -> tuple[frozenset[str], frozenset[str]]:
+    """Phases within which the host waits again and again, and those after which it waits once."""
+    within = set()
+    if config.method == "qlora" and config.quant_type == "int8":
+        within = {"forward", "backward"} if config.gradient_checkpointing else {"forward"}
+    after = {"torch": (), "trainer": ("backward",), "trl": ("forward", "backward")}[config.stack]
+    return frozenset(within), frozenset(after)
 
 
 def half_dtype(config: TrainConfig) -> DType:
