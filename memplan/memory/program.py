@@ -7,14 +7,14 @@ Hidden states and gradients cross from frame to frame by links.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from memplan.architectures.builder import Weight
 from memplan.architectures.decoder import Decoder
-from memplan.memory.loading import load
-from memplan.memory.optimizers import Plan, plan_update
+from memplan.memory.optimizers import Plan
 from memplan.memory.record import Stream, record_embedding, record_layer
 from memplan.memory.record_head import Head, record_head
+from memplan.memory.resident import Resident, resident
 from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
 from memplan.memory.training_loop import TrainingLoop
 from memplan.ops.tensor import Tape
@@ -102,9 +102,18 @@ class Composer:
     def compose(self) -> Program:
         first = self.record(accumulating=False)
         again = self.record(accumulating=True) if self.config.gradient_accumulation_steps > 1 else first
-        self._load(first)
-        plan = plan_update(self.program.weights, self.config, self.decoder.device)
-        optimizer = self._make_optimizer(plan)
+        held = resident(
+            first.embedding,
+            first.layers,
+            first.head.segment,
+            self.config,
+            self.decoder.device,
+            layer_prefix=self.decoder.layer_prefix,
+            workspace_bytes=self.workspace_bytes,
+        )
+        plan = held.plan
+        self._load(held)
+        optimizer = self._make_optimizer(held)
         for step in range(self.num_steps):
             self.loop.begin_step(step)
             gradients: list[tuple[int, list[tuple[str, int]]]] = []
@@ -122,28 +131,20 @@ class Composer:
         made: dict[tuple[str, Stream, bool], Segment] = {}
         layers = []
         for index in range(spec.num_hidden_layers):
-            key = decoder.layer_kind(index), stream, index == 0
+            keeps_x = index == 0 and embedding.keeps_out
+            key = decoder.layer_kind(index), stream, keeps_x
             if key not in made:
-                keeps_x = index == 0 and embedding.keeps_out
                 made[key] = record_layer(decoder, key[0], stream, keeps_x=keeps_x, accumulating=accumulating)
             layers.append(made[key])
             stream = Stream(*made[key].out, made[key].out_requires_grad)
         return Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
 
-    def all_weights(self, pieces: Pieces) -> list[Weight]:
-        weights = list(pieces.embedding.weights)
-        for index, layer in enumerate(pieces.layers):
-            prefix = f"{self.decoder.layer_prefix}.{index}."
-            weights += [replace(w, name=prefix + w.name) for w in layer.weights]
-        return weights + pieces.head.segment.weights
-
-    def _load(self, pieces: Pieces) -> None:
-        program = self.program
-        program.weights = self.all_weights(pieces)
-        loading = load(program.weights, self.config, workspace_bytes=self.workspace_bytes)
+    def _load(self, held: Resident) -> None:
+        program, loading = self.program, held.loading
+        program.weights = held.weights
         if self.config.use_dora:
             self.workspaces.add(("forward", "cublas"))
-        frame = program.frame(loading.kinds, {slot: size for slot, size in loading.events() if size})
+        frame = program.frame(loading.kinds, held.loading_sizes)
         program.play("load", 0, frame, loading.base)
         program.play("prepare", 0, frame, loading.casts)
         if loading.empties_cache:
@@ -190,7 +191,7 @@ class Composer:
             self.settles = 0, []
         self._play("forward", step, e, embedding, embedding.forward)
         before, slot = e, embedding.out_slot
-        frames = []
+        frames: list[int] = []
         for layer in layers:
             f = program.frame_of(layer)
             self._play("forward", step, f, layer, layer.forward, [(f, PORT_X, before, slot)])
@@ -280,10 +281,10 @@ class Composer:
                 return "positional"
         return "layers" if any(layer.keeps_shared[index] for layer in pieces.layers) else "forward"
 
-    def _make_optimizer(self, plan: Plan) -> int:
+    def _make_optimizer(self, held: Resident) -> int:
         """The frame of the optimizer's states; some are made by its constructor."""
-        sizes = {slot: size for slot, size in (*plan.made, *plan.first) if size}
-        frame = self.program.frame(plan.kinds, sizes)
+        plan = held.plan
+        frame = self.program.frame(plan.kinds, held.plan_sizes)
         self.program.play("prepare", 0, frame, plan.made)
         self.program.optimizer_state_bytes = plan.state_bytes
         self.program.managed_bytes = plan.managed_bytes
