@@ -14,7 +14,6 @@ from functools import cache
 from itertools import combinations as pairs_of
 from typing import Any
 
-from memplan.architectures.peft_targets import _CONVERTED
 from memplan.memory.optimizers import OPTIMIZERS
 from memplan.train_config import TrainConfig
 from tests.oracle.configs import CONFIGS
@@ -27,6 +26,9 @@ CANDIDATES = 24
 
 WITHOUT_SDPA = ("gptj", "bloom", "mpt", "gpt_oss")
 """`_supports_sdpa` is off in their transformers 5.17 classes: eager is what they run, whatever is asked."""
+
+WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+"""`all-linear` reaches their experts (peft/utils/transformers_weight_conversion.py), which are bare parameters."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -89,11 +91,19 @@ def impossible(family: str, choice: Choice) -> str:
         return "there are no adapters to have this"
     if choice["method"] != "qlora" and any(choice[name] != KNOBS[name][0] for name in ONLY_QUANTISED):
         return "nothing is quantised"
-    if adapters and choice["adapter"] != "plain" and family in _CONVERTED:
-        return "PEFT's adapters of experts (bare parameters) take neither DoRA nor dropout"
+    if adapters and choice["adapter"] != "plain" and family in WITH_ADAPTED_EXPERTS:
+        return "PEFT's adapters of bare parameters take neither DoRA nor dropout"
+    if choice["saved"] and choice["adapter_dtype"] == "bf16" and _hidden_dtype(choice) not in ("bf16", "autocast"):
+        return "a bf16 embedding or head among weights of another dtype: torch multiplies no two dtypes"
     if choice["stack"] == "trl" and choice["padding"] and choice["shape"][0] == 1:
         return "SFTTrainer's collator pads to the longest row of a batch, and this one has one row"
     return ""
+
+
+def _hidden_dtype(choice: Choice) -> str:
+    dtype, _, autocast = choice["precision"].partition("_")
+    prepared = choice["method"] == "qlora" and choice["kbit_prep"]
+    return autocast or ("fp32" if prepared else dtype)
 
 
 def _draw(family: str, rng: random.Random) -> Choice:

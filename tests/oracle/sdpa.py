@@ -44,6 +44,8 @@ def choose(
     dim, value_dim = query.shape[-1], value.shape[-1]
     square = not is_causal or query.shape[-2] == key.shape[-2]
     same_heads = query.shape[1] == key.shape[1]
+    if not same_heads and not enable_gqa:  # `check_batch_size_and_num_heads_dense`: falcon's one key head, broadcast
+        return "math"
     cudnn = first == "cudnn" and half and max(dim, value_dim) <= 256 and dim % 8 == 0 and value_dim % 8 == 0
     if cudnn and key.shape[-2] > 1:
         return "cudnn"
