@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -18,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+def read(path: Path) -> nbformat.NotebookNode:
+    notebook: nbformat.NotebookNode = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return notebook
+
+
 def test_there_are_four_notebooks() -> None:
     assert [path.name[:2] for path in NOTEBOOKS] == ["1-", "2-", "3-", "4-"]
 
@@ -27,7 +33,7 @@ def test_there_are_four_notebooks() -> None:
 def test_a_notebook_runs_without_an_error(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute()  # raises CellExecutionError with the traceback of the cell
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -37,7 +43,7 @@ def test_a_notebook_runs_without_an_error(path: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_committed_with_its_outputs_and_no_place_of_a_machine(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert all(cell.outputs for cell in code)
