@@ -82,3 +82,8 @@ def resident(
         del _made[next(iter(_made))]
     _made[key] = found
     return found
+
+
+def forget() -> None:
+    """Lets go of what is kept, so that the next call makes it anew."""
+    _made.clear()

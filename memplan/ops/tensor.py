@@ -35,7 +35,8 @@ class Machine:
     """Records one segment of a step: the tape, what each slot is for, and PyTorch's global modes."""
 
     __slots__ = (
-        "autocast", "cast_cache", "device", "first_calls", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq", "tape"
+        "autocast", "cast_cache", "device", "first_calls", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq",
+        "tape",
     )  # fmt: skip
 
     def __init__(
@@ -69,9 +70,13 @@ class Machine:
         """A matrix product runs, its result is there: "cublas", and with a bias "cublaslt"
         (`addmm_out_cuda_impl`, aten/src/ATen/native/cuda/Blas.cpp). A thread's first one takes the library's workspace.
         """
-        if self.tape is None or any(name == library and tape is self.tape for name, tape, _ in self.first_calls):
+        here = self.tape
+        if here is None:
             return
-        self.first_calls.append((library, self.tape, len(self.tape)))
+        for name, tape, _ in self.first_calls:
+            if tape is here and name == library:
+                return
+        self.first_calls.append((library, here, len(here)))
 
     def stop(self) -> None:
         """Nothing that dies from here on is recorded (the handles of the machine itself go away)."""
