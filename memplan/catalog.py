@@ -131,11 +131,7 @@ def _from_hub(repo: str) -> ModelSpec:
     `huggingface_hub` itself honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
     """
     near = nearest(repo)
-    hints = (
-        [f"`{near}` is bundled and needs no download"]
-        if near
-        else ["`memplan models` lists the bundled ones"]
-    )
+    hints = [f"`{near}` is bundled and needs no download"] if near else ["`memplan models` lists the bundled ones"]
     hints.append("or give the path of its `config.json`")
     try:
         import httpx  # what huggingface_hub asks with
@@ -153,9 +149,7 @@ def _from_hub(repo: str) -> ModelSpec:
             # Asked once, without the download's minute of retries, so that no network is said at once.
             found = get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_HUB_TIMEOUT_S)
             if (found.size or 0) > MAX_FILE_BYTES:
-                raise InvalidSpecError(
-                    f"`{repo}`: its `config.json` has {found.size} bytes, too many for one"
-                )
+                raise InvalidSpecError(f"`{repo}`: its `config.json` has {found.size} bytes, too many for one")
             path = hf_hub_download(repo, "config.json", etag_timeout=_HUB_TIMEOUT_S)
     except hub.GatedRepoError:
         hints.insert(0, "ask for access on its page, then log in with `hf auth login`")
@@ -176,9 +170,7 @@ def _from_hub(repo: str) -> ModelSpec:
 def _base_model(folder: Path) -> str:
     base = _adapter(folder)[0].get("base_model_name_or_path")
     if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
-        raise InvalidSpecError(
-            f"{folder}: an adapter that names no base model", hints=["name the base model itself"]
-        )
+        raise InvalidSpecError(f"{folder}: an adapter that names no base model", hints=["name the base model itself"])
     return base
 
 

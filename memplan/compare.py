@@ -14,13 +14,13 @@ from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.runtime import device_for, runtime_for
 from memplan.ops.device import Device
 from memplan.residuals import band
-from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, Method
+from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, Method
 
 Verdict = Literal["fits", "close", "does not fit"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 _HAVE_NO_USE_FOR: dict[str, tuple[str, ...]] = {
-    "full": (*_ADAPTER_FIELDS, *_QUANT_FIELDS),
-    "lora": _QUANT_FIELDS,
+    "full": (*ADAPTER_FIELDS, *QUANT_FIELDS),
+    "lora": QUANT_FIELDS,
     "qlora": (),
 }
 

@@ -1,8 +1,8 @@
 """What memplan raises for its user. Everything else that escapes is a bug.
 
-    MemplanError            one `error:` line, `hint:` lines, exit code 2
-    ├── UnknownNameError    a name that no table holds; suggests the nearest ones
-    └── InvalidSpecError    a model file or config that cannot be read
+MemplanError            one `error:` line, `hint:` lines, exit code 2
+├── UnknownNameError    a name that no table holds; suggests the nearest ones
+└── InvalidSpecError    a model file or config that cannot be read
 """
 
 from __future__ import annotations

@@ -129,10 +129,8 @@ def _read(nvml: Any, visible: str | None) -> DetectedGpu:
     first = ("0" if visible is None else visible).split(",")[0].strip()
     if first in ("", "-1"):
         raise ValueError("CUDA_VISIBLE_DEVICES hides them all")
-    if first.isdecimal():
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(first))
-    else:  # a UUID
-        handle = nvml.nvmlDeviceGetHandleByUUID(first)
+    by_index = first.isdecimal()  # else a UUID
+    handle = nvml.nvmlDeviceGetHandleByIndex(int(first)) if by_index else nvml.nvmlDeviceGetHandleByUUID(first)
     product, memory = str(nvml.nvmlDeviceGetName(handle)), nvml.nvmlDeviceGetMemoryInfo(handle)
     row = match_product(product, memory.total) or GpuSpec(name=product, memory_bytes=memory.total)
     return DetectedGpu(

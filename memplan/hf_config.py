@@ -65,9 +65,7 @@ def read_config(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any],
             if not path.is_file():
                 raise InvalidSpecError(f"{config}: the folder holds no `config.json`")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise InvalidSpecError(
-                f"{path}: above {MAX_FILE_BYTES // 2**20} MiB, too large for a `config.json`"
-            )
+            raise InvalidSpecError(f"{path}: above {MAX_FILE_BYTES // 2**20} MiB, too large for a `config.json`")
         text = path.read_bytes().decode("utf-8-sig")
         raw = json.loads(text, parse_constant=_refuse_constant)
     except OSError as error:
@@ -92,9 +90,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 @cache
 def _defaults() -> dict[str, dict[str, Any]]:
-    table: dict[str, dict[str, Any]] = json.loads(
-        files("memplan").joinpath("data/hf_defaults.json").read_bytes()
-    )
+    table: dict[str, dict[str, Any]] = json.loads(files("memplan").joinpath("data/hf_defaults.json").read_bytes())
     return table
 
 
@@ -176,9 +172,7 @@ def _given(model_type: str, named: str, text: Mapping[str, Any]) -> dict[str, An
     for other, key in OTHER_KEYS.get(model_type, {}).items():
         if other in given:
             if key in given and given[key] != given[other]:
-                raise InvalidSpecError(
-                    f"`{key}` ({given[key]}) and `{other}` ({given[other]}) contradict each other"
-                )
+                raise InvalidSpecError(f"`{key}` ({given[key]}) and `{other}` ({given[other]}) contradict each other")
             given[key] = given.pop(other)
     if named == "RefinedWeb":  # falcon-40b's own code: grouped queries with no key that says so
         given.setdefault("new_decoder_architecture", True)

@@ -55,9 +55,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="upper"),
     "gemma": Family(keys=_ALL_FOUR),
     "gemma2": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, sliding=2),
-    "gemma3_text": Family(
-        keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=6
-    ),
+    "gemma3_text": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=6),
     "phi": Family(
         keys={"hidden_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop", "qk_norm": "qk_layernorm"},
         fixed=_BIASED | {"lm_head_bias": True, "parallel_residual": True},
@@ -67,8 +65,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(keys={"hidden_dropout": "resid_pdrop"}, sliding="every", rotary_factor=1.0),
     "gpt2": Family(keys=_GPT2_KEYS, fixed=_BIASED, derives_head_dim=True),
     "gpt_neox": Family(
-        keys=_ALL_FOUR
-        | {"embedding_dropout": "hidden_dropout", "parallel_residual": "use_parallel_residual"},
+        keys=_ALL_FOUR | {"embedding_dropout": "hidden_dropout", "parallel_residual": "use_parallel_residual"},
         fixed={"mlp_bias": True},
         derives_head_dim=True,
         rotary_factor=0.25,

@@ -98,9 +98,7 @@ def fill_rotary(fields: dict[str, Any], config: Mapping[str, Any], family: Famil
         factor = config.get(key) if factor is None else factor
     factor = family.rotary_factor if factor is None else factor
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-        raise InvalidSpecError(
-            f"`{family.rotary_factor_keys[0]}` must be above 0 and at most 1, not {factor!r:.60}"
-        )
+        raise InvalidSpecError(f"`{family.rotary_factor_keys[0]}` must be above 0 and at most 1, not {factor!r:.60}")
     head_dim = _whole(fields, "head_dim")
     rotary = int(head_dim * factor)
     if type(config.get("rotary_dim")) is int:  # the name it had in phi's first repositories

@@ -17,7 +17,7 @@ from memplan.model_spec import ModelSpec
 from memplan.plan_search import Candidate, Lane, Search
 from memplan.prices import Kind, Price
 from memplan.timing.roofline import shipped
-from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, Method, TrainConfig
+from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, Method, TrainConfig
 
 TOTAL_BATCH_SIZE = 16
 """Sequences per optimizer step unless told: all rows of a plan train alike."""
@@ -166,7 +166,7 @@ def runs_of(
     checkpointing = [said["gradient_checkpointing"]] if "gradient_checkpointing" in said else [False, True]
     runs: dict[Method, list[TrainConfig]] = {}
     for method in dict.fromkeys(methods):
-        unused = (_ADAPTER_FIELDS if method == "full" else ()) + (_QUANT_FIELDS if method != "qlora" else ())
+        unused = (ADAPTER_FIELDS if method == "full" else ()) + (QUANT_FIELDS if method != "qlora" else ())
         shared = {name: value for name, value in said.items() if name not in unused} | {"method": method}
         runs[method] = [
             make_config(

@@ -119,9 +119,7 @@ def _parse(lines: list[str], where: str) -> Iterable[Price]:
     header = [name.strip() for name in reader.fieldnames or ()]
     missing = [name for name in _NEEDED if name not in header]
     if missing:
-        raise MemplanError(
-            f"{where}: line 1: no column `{missing[0]}`", hints=["columns: " + ", ".join(_COLUMNS)]
-        )
+        raise MemplanError(f"{where}: line 1: no column `{missing[0]}`", hints=["columns: " + ", ".join(_COLUMNS)])
     reader.fieldnames = header
     try:
         for line in reader:
@@ -179,9 +177,7 @@ def from_gpuhunt(gpu: str) -> tuple[Price, ...]:
     """
     row = gpus.get(gpu)
     if row.nominal_gb is None:
-        raise MemplanError(
-            f"`{gpu}` is a size, and offers go by GPU", hints=["name the GPU, such as `rtx-4090`"]
-        )
+        raise MemplanError(f"`{gpu}` is a size, and offers go by GPU", hints=["name the GPU, such as `rtx-4090`"])
     try:
         import gpuhunt
     except ImportError:

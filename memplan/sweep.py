@@ -12,13 +12,13 @@ from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import Estimate, ModelLike, make_config
 from memplan.gpus import GpuSpec
 from memplan.model_spec import ModelSpec
-from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, TrainConfig
+from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, TrainConfig
 
 NUMERIC = ("rank", "seq_len", "micro_batch_size", "gradient_accumulation_steps", "lora_dropout")
 NAMED = ("method", "model", "attention", "optimizer", "loss", "weight_dtype", "stack", "quant_type")
 KNOBS = (*NUMERIC, *NAMED)
 MAX_POINTS = 2000
-_UNUSED = {"full": (*_ADAPTER_FIELDS, *_QUANT_FIELDS), "lora": _QUANT_FIELDS}
+_UNUSED = {"full": (*ADAPTER_FIELDS, *QUANT_FIELDS), "lora": QUANT_FIELDS}
 
 Value = int | float | str
 

@@ -58,8 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-_ADAPTER_FIELDS = ("rank", "target_modules", "lora_dropout", "use_dora", "modules_to_save", "adapter_dtype")
-_QUANT_FIELDS = ("quant_type", "double_quant", "kbit_prep")
+ADAPTER_FIELDS = ("rank", "target_modules", "lora_dropout", "use_dora", "modules_to_save", "adapter_dtype")
+QUANT_FIELDS = ("quant_type", "double_quant", "kbit_prep")
 
 
 class TrainConfig(BaseModel):
@@ -136,8 +136,8 @@ class TrainConfig(BaseModel):
             filled.setdefault(name, value.get(method) if isinstance(value, dict) else value)
         if method in ("lora", "qlora") and filled.get("rank") is None:
             filled["rank"] = 16
-        unused = _ADAPTER_FIELDS if method == "full" else ()
-        unused += _QUANT_FIELDS if method in ("full", "lora") else ()
+        unused: tuple[str, ...] = ADAPTER_FIELDS if method == "full" else ()
+        unused += QUANT_FIELDS if method in ("full", "lora") else ()
         for name in unused:
             default = cls.model_fields[name].default
             if name in data and data[name] not in (None, default):

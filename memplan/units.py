@@ -39,7 +39,9 @@ def parse_size(text: str) -> int:
         raise MemplanError(f"`{text}` is not a size", hints=["write it like `24GiB`, `24GB` or `24576MiB`"])
     number, unit = match.groups()
     if unit is None:
-        raise MemplanError(f"`{text}` has no unit", hints=[f"write `{number}GiB` (2**30 bytes) or `{number}GB` (10**9 bytes)"])
+        raise MemplanError(
+            f"`{text}` has no unit", hints=[f"write `{number}GiB` (2**30 bytes) or `{number}GB` (10**9 bytes)"]
+        )
     factor = _FACTORS.get(unit.lower())
     if factor is None:
         raise MemplanError(f"`{unit}` is not a unit of memory", hints=["units: KiB, MiB, GiB, TiB, KB, MB, GB, TB"])

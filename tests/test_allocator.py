@@ -168,9 +168,7 @@ def test_empty_cache_keeps_segments_in_use() -> None:
 # --- limits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "config", [AllocatorConfig(limit_bytes=50 * MIB), AllocatorConfig(capacity_bytes=50 * MIB)]
-)
+@pytest.mark.parametrize("config", [AllocatorConfig(limit_bytes=50 * MIB), AllocatorConfig(capacity_bytes=50 * MIB)])
 def test_cached_memory_goes_back_before_the_limit_stops_a_request(config: AllocatorConfig) -> None:
     allocator = CachingAllocator(config)
     first, _ = allocator.malloc(20 * MIB), allocator.malloc(20 * MIB)

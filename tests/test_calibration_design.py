@@ -87,9 +87,7 @@ def test_a_family_is_written_in_keys_that_memplan_reads(family):
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_shipped_design_is_valid(name):
-    with importlib.resources.as_file(
-        importlib.resources.files("memplan.calibration") / "designs" / name
-    ) as path:
+    with importlib.resources.as_file(importlib.resources.files("memplan.calibration") / "designs" / name) as path:
         cases = read_cases(path)
     for case in cases:
         ModelSpec.from_hf_config(case.hf_config)

@@ -23,9 +23,7 @@ class FakeCuda:
     def malloc(self, size):
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.history.append(
-            {"action": "alloc", "addr": self.num_allocs, "size": size, "stream": 0, "frames": []}
-        )
+        self.history.append({"action": "alloc", "addr": self.num_allocs, "size": size, "stream": 0, "frames": []})
         self.num_allocs += 1
 
     def free(self, size):

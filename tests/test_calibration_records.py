@@ -84,9 +84,7 @@ def test_an_earlier_case_with_an_unknown_setting_is_refused(tmp_path):
         read_records(path)
 
 
-@pytest.mark.parametrize(
-    "line", ["[]", "3", "{", '{"case": {}}', '{"environment": {"gpu": 1}}', '{"status": "ok"}']
-)
+@pytest.mark.parametrize("line", ["[]", "3", "{", '{"case": {}}', '{"environment": {"gpu": 1}}', '{"status": "ok"}'])
 def test_a_broken_line_is_a_users_error(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text(dump_line(record()) + "\n" + line)

@@ -55,11 +55,7 @@ def test_events_carry_their_phase_and_stack():
 
 
 def test_the_history_can_be_had_again_in_torchs_words():
-    kept = [
-        {k: e[k] for k in ("action", "addr", "size", "stream")}
-        for e in HISTORY
-        if "requested" not in e["action"]
-    ]
+    kept = [{k: e[k] for k in ("action", "addr", "size", "stream")} for e in HISTORY if "requested" not in e["action"]]
     assert part().entries() == kept
 
 

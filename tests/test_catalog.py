@@ -111,9 +111,7 @@ def test_names_specs_and_folder_agree() -> None:
     assert len(catalog.names()) == len(list(catalog.spec_dir().glob("*.json")))
 
 
-def test_an_installed_package_reads_the_specs_inside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_package_reads_the_specs_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "memplan"
     (package / "model_specs").mkdir(parents=True)
     monkeypatch.setattr(catalog, "__file__", str(package / "catalog.py"))
@@ -173,9 +171,7 @@ def test_an_adapter_folder_gives_its_settings_and_its_base_model(tmp_path: Path)
         ({"r": 8, "base_model_name_or_path": None}, "names no base model"),
     ],
 )
-def test_an_adapter_memplan_cannot_use_is_refused(
-    tmp_path: Path, content: dict[str, object], says: str
-) -> None:
+def test_an_adapter_memplan_cannot_use_is_refused(tmp_path: Path, content: dict[str, object], says: str) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     read = catalog.adapter_settings if "peft_type" in content else catalog.load
     with pytest.raises(InvalidSpecError, match=says):
@@ -207,9 +203,7 @@ def test_offline_says_so_at_once_and_names_the_nearest_bundled_model(tmp_path: P
         "except MemplanError as error: print(error.message); print(*error.hints, sep='\\n')"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=20
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=20)
     assert out.returncode == 0, out.stderr
     message, *hints = out.stdout.splitlines()
     assert "cannot be reached" in message

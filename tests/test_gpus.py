@@ -146,9 +146,7 @@ class FakeNvml:
         return self.devices[handle][0]
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
-        return SimpleNamespace(
-            total=self.devices[handle][1] * MIB, free=(self.devices[handle][1] - 500) * MIB
-        )
+        return SimpleNamespace(total=self.devices[handle][1] * MIB, free=(self.devices[handle][1] - 500) * MIB)
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.65.06"

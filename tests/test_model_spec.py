@@ -81,9 +81,7 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
 
     assert spec.attention_bias == has_bias(attention, inner)
     assert spec.attention_out_bias == has_bias(attention, outer)
-    mlp = [
-        n for n in names if n not in attention and ("mlp" in n or ".fc1" in n or ".fc2" in n or "ffn" in n)
-    ]
+    mlp = [n for n in names if n not in attention and ("mlp" in n or ".fc1" in n or ".fc2" in n or "ffn" in n)]
     assert mlp
     assert spec.mlp_bias == any(n.endswith(("bias",)) and "norm" not in n and "router" not in n for n in mlp)
     assert spec.lm_head_bias == ("lm_head.bias" in names)
@@ -115,9 +113,7 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
 )
 def test_sliding_layers_and_rope_flags_are_those_the_config_class_derives(config: dict[str, Any]) -> None:
     spec, real = ModelSpec.from_hf_config(config), real_config(config)
-    assert spec.sliding_layers == tuple(
-        i for i, kind in enumerate(real.layer_types) if kind == "sliding_attention"
-    )
+    assert spec.sliding_layers == tuple(i for i, kind in enumerate(real.layer_types) if kind == "sliding_attention")
     if spec.sliding_layers:
         assert spec.sliding_window == real.sliding_window
         assert spec.layer_window(spec.sliding_layers[0]) == real.sliding_window
@@ -204,9 +200,7 @@ def test_null_means_null_and_a_missing_key_the_class_default() -> None:
     assert spec.sliding_window is None
     assert spec.sliding_layers == ()
     assert (
-        ModelSpec.from_hf_config(
-            {"model_type": "gemma2", "attn_logit_softcapping": None}
-        ).attn_logit_softcapping
+        ModelSpec.from_hf_config({"model_type": "gemma2", "attn_logit_softcapping": None}).attn_logit_softcapping
         is None
     )
     assert ModelSpec.from_hf_config({"model_type": "llama", "head_dim": None}).head_dim == 128
@@ -222,10 +216,7 @@ def test_a_multimodal_config_gives_its_text_model_and_says_so() -> None:
     )
     assert (spec.model_type, spec.hidden_size, spec.vocab_size) == ("gemma3_text", 2560, 262208)
     assert any("vision tower" in note for note in spec.notes)
-    assert (
-        ModelSpec.from_hf_config({"model_type": "llava", "text_config": {"vocab_size": 32064}}).model_type
-        == "llama"
-    )
+    assert ModelSpec.from_hf_config({"model_type": "llava", "text_config": {"vocab_size": 32064}}).model_type == "llama"
 
 
 def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:
@@ -233,9 +224,7 @@ def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:
     assert [deepseek.is_moe_layer(i) for i in (0, 2, 3, 60)] == [False, False, True, True]
     assert deepseek.num_moe_layers == 58
     assert (deepseek.qk_head_dim, deepseek.value_head_dim) == (192, 128)
-    qwen = ModelSpec.from_hf_config(
-        {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "mlp_only_layers": [3]}
-    )
+    qwen = ModelSpec.from_hf_config({"model_type": "qwen3_moe", "decoder_sparse_step": 2, "mlp_only_layers": [3]})
     assert [qwen.is_moe_layer(i) for i in range(6)] == [False, True, False, False, False, True]
     assert not ModelSpec.from_hf_config({"model_type": "llama"}).is_moe
 
@@ -327,9 +316,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = sorted(
-    {key for model_type in FAMILIES for key in config_keys(model_type)} | {"rope_scaling", "text_config"}
-)
+KEYS = sorted({key for model_type in FAMILIES for key in config_keys(model_type)} | {"rope_scaling", "text_config"})
 
 
 @settings(max_examples=200, deadline=None)
@@ -353,7 +340,5 @@ def test_equal_specs_hash_alike_and_reading_one_needs_no_torch() -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
     assert hash(ModelSpec.from_hf_config(config)) == hash(ModelSpec.from_hf_config(config))
     heavy = "('torch', 'transformers', 'numpy', 'matplotlib', 'huggingface_hub')"
-    code = (
-        f"import sys, memplan.catalog as c; c.load('llama-7b'); assert not sys.modules.keys() & set({heavy})"
-    )
+    code = f"import sys, memplan.catalog as c; c.load('llama-7b'); assert not sys.modules.keys() & set({heavy})"
     subprocess.run([sys.executable, "-c", code], check=True)

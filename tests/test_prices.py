@@ -106,11 +106,7 @@ def fake_gpuhunt(*items: SimpleNamespace, error: str | None = None) -> SimpleNam
     def query(*, min_gpu_memory: float, max_gpu_memory: float, min_gpu_count: int) -> list[SimpleNamespace]:
         if error:
             raise GPUHuntError(error)
-        return [
-            i
-            for i in items
-            if min_gpu_memory <= i.gpu_memory <= max_gpu_memory and i.gpu_count >= min_gpu_count
-        ]
+        return [i for i in items if min_gpu_memory <= i.gpu_memory <= max_gpu_memory and i.gpu_count >= min_gpu_count]
 
     return SimpleNamespace(GPUHuntError=GPUHuntError, query=query)
 
@@ -138,9 +134,7 @@ def test_gpuhunts_offers_are_matched_by_name_and_memory(monkeypatch: pytest.Monk
 
 
 def test_gpuhunt_missing_or_out_of_reach_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        sys.modules, "gpuhunt", fake_gpuhunt(error="Failed to load catalogs of all providers")
-    )
+    monkeypatch.setitem(sys.modules, "gpuhunt", fake_gpuhunt(error="Failed to load catalogs of all providers"))
     with pytest.raises(MemplanError, match="cannot be read: Failed to load") as caught:
         prices.from_gpuhunt("h200")
     assert any("--price" in hint for hint in caught.value.hints)

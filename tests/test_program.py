@@ -61,8 +61,7 @@ def test_no_block_is_freed_twice_and_steps_leave_nothing_behind(family: str, kno
         spec = ModelSpec.from_hf_config({"model_type": family, **SMALL})
         config = TrainConfig(stack=stack, seq_len=32, **KNOBS[knobs])
         program = Composer(decoder_for(spec, config), workspace_bytes=2**20, num_steps=3).compose()
-    except MemplanError as refused:
-        assert refused.message, "a refusal says why"
-        return
+    except MemplanError:
+        return  # a combination that the family or the method refuses
     ends = live_at_the_end(program)
     assert sum(ends[1].values()) == sum(ends[2].values()), "memory grows from step to step"

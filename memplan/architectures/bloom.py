@@ -15,15 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Decoder, Layer, Norm, Shared
-from memplan.architectures.shared import causal_mask
+from memplan.architectures.decoder import Decoder, Layer, Norm
+from memplan.architectures.shared import Shared, causal_mask
 from memplan.dtypes import DType
 from memplan.ops.activations import bloom_gelu
 from memplan.ops.attention import operand, softmax_fp32
 from memplan.ops.linear import baddbmm, bmm
 from memplan.ops.pointwise import add, contiguous, dropout, slice_last, to
 from memplan.ops.tensor import Machine, Tensor
-
 
 WithResidual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

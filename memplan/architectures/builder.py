@@ -223,15 +223,11 @@ class Builder:
         dtype = self.compute_dtype
         prepared = DType.fp32 if self.config.kbit_prep else self.dtype
         self.weights.append(
-            Weight(
-                f"{name}.bias", (width,), dtype, False, "weights", loaded_dtype=self.dtype, prepared_dtype=prepared
-            )
+            Weight(f"{name}.bias", (width,), dtype, False, "weights", loaded_dtype=self.dtype, prepared_dtype=prepared)
         )
         return Parameter(self.machine, f"{name}.bias", (width,), dtype, trains=False)
 
-    def _adapted(
-        self, name: str, base: BaseLinear, in_features: int, out_features: int
-    ) -> LoraLinear | DoraLinear:
+    def _adapted(self, name: str, base: BaseLinear, in_features: int, out_features: int) -> LoraLinear | DoraLinear:
         rank, dropout = self.config.rank, self.config.lora_dropout
         assert rank is not None
         if isinstance(base, Linear):

@@ -1,6 +1,6 @@
-"""cohere: attention and MLP read the same norm; LayerNorm without bias, written out; neighbours rotate as pairs, in fp32.
+"""cohere: attention and MLP read one norm; LayerNorm without bias, written out; neighbours rotate as pairs, in fp32.
 
-Source: transformers 5.17 models/cohere/modeling_cohere.py. What is special for memory: the norm keeps three fp32 tensors
+Source: transformers 5.17 models/cohere/modeling_cohere.py. For memory: the norm keeps three fp32 tensors
 of its input's size; queries and keys are cast to fp32 before they rotate; the logits are scaled, one more tensor of
 their size; embeddings are tied.
 """
@@ -8,8 +8,9 @@ their size; embeddings are tied.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm, Shared
+from memplan.architectures.decoder import Layer, Norm
 from memplan.architectures.llama import Llama
+from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.ops.norm import CohereLayerNorm
 from memplan.ops.pointwise import add, mul_number, to

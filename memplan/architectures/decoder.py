@@ -166,9 +166,7 @@ class Decoder:
         spec = self.spec
         if spec.tie_word_embeddings:
             return build.tied_head("lm_head", self.embedding_name, self.embedding_width, spec.vocab_size)
-        return build.linear(
-            "lm_head", self.embedding_width, spec.vocab_size, bias=spec.lm_head_bias, quantise=False
-        )
+        return build.linear("lm_head", self.embedding_width, spec.vocab_size, bias=spec.lm_head_bias, quantise=False)
 
     def score_cap(self) -> Callable[[Tensor], Tensor] | None:
         """What eager attention does to its scores before the mask is added (soft caps)."""
@@ -185,7 +183,9 @@ class Decoder:
         p = self.spec.attention_dropout if p is None else p
         if self.attention_implementation == "eager":
             fp32, cap = self.softmax_in_fp32, self.score_cap()
-            return eager(q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=fp32, by_heads=by_heads, cap=cap)
+            return eager(
+                q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=fp32, by_heads=by_heads, cap=cap
+            )
         return sdpa(q, k, v, mask=shared.mask, num_groups=groups, p=p, by_heads=by_heads)
 
     def heads(self, x: Tensor, num_heads: int, shared: Shared | None = None, *, rotated: bool = False) -> Tensor:

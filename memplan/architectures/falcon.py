@@ -1,4 +1,4 @@
-"""falcon: multi-query (7b), grouped (40b, 180b, 11b) and ordinary attention (rw), side by side with the MLP or before it,
+"""falcon: multi-query (7b), grouped (40b, 180b, 11b) and ordinary attention (rw), beside the MLP or before it,
 rotary positions or biases by distance.
 
 Source: transformers 5.17 models/falcon/modeling_falcon.py. For memory:
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from memplan.architectures.bloom import alibi_slopes, dropout_add
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import AnyLinear, Attention, Decoder, Layer, Norm, Shared
+from memplan.architectures.decoder import AnyLinear, Attention, Decoder, Layer, Mlp, Norm
 from memplan.architectures.falcon_attention import (
     attend_by_alibi,
     attend_by_ops,
@@ -26,7 +26,7 @@ from memplan.architectures.falcon_attention import (
     merge_alibi,
     split_heads,
 )
-from memplan.architectures.shared import causal_mask, positions, rotary_table
+from memplan.architectures.shared import Shared, causal_mask, positions, rotary_table
 from memplan.dtypes import DType
 from memplan.ops.attention import sdpa
 from memplan.ops.linear import MatmulLinear
@@ -137,7 +137,7 @@ class Falcon(Decoder):
             return sdpa(query, key, value, mask=shared.mask, num_groups=1)
         return contiguous(output), scores
 
-    def mlp(self, build: Builder) -> Layer:
+    def mlp(self, build: Builder) -> Mlp:
         spec = self.spec
         dense_h_to_4h = self.falcon_linear(build, "mlp.dense_h_to_4h", spec.hidden_size, spec.intermediate_size)
         dense_4h_to_h = self.falcon_linear(build, "mlp.dense_4h_to_h", spec.intermediate_size, spec.hidden_size)

@@ -1,6 +1,6 @@
-"""gemma2 and gemma3_text: gemma with a norm on both sides of attention and of the MLP, and layers with a sliding window.
+"""gemma2 and gemma3_text: gemma with norms on both sides of attention and of the MLP, and layers with a window.
 
-Sources: transformers 5.17 models/gemma2/modeling_gemma2.py, models/gemma3/modeling_gemma3.py. What is special for memory:
+Sources: transformers 5.17 models/gemma2/modeling_gemma2.py, models/gemma3/modeling_gemma3.py. For memory:
 - gemma2 caps the logits by tanh, three tensors of their size of which one is kept; eager attention caps its scores too
   (sdpa does not);
 - gemma3 norms q and k by head and has a rotary table of its own for sliding layers.
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Layer, Shared
+from memplan.architectures.decoder import Layer
 from memplan.architectures.gemma import Gemma
+from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add, mul_number, saves_result
 from memplan.ops.tensor import Tensor
 

@@ -1,4 +1,4 @@
-"""glm and glm4: half of each head rotates, neighbours as pairs; gate and up from one product; glm4 norms twice as often.
+"""glm and glm4: half of each head rotates, neighbours as pairs; gate and up from one product; glm4 has more norms.
 
 Sources: transformers 5.17 models/glm/modeling_glm.py, models/glm4/modeling_glm4.py. What is special for memory:
 - each layer makes rotary tables of its own out of the shared ones, and keeps them;
@@ -9,8 +9,9 @@ Sources: transformers 5.17 models/glm/modeling_glm.py, models/glm4/modeling_glm4
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Shared
+from memplan.architectures.decoder import Attention, Layer
 from memplan.architectures.phi3 import Phi3
+from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add
 from memplan.ops.rotary import apply_partial_rotary_pairs
 from memplan.ops.tensor import Tensor

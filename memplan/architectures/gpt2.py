@@ -15,8 +15,8 @@ Source: transformers 5.17 models/gpt2/modeling_gpt2.py. For memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import AnyLinear, Attention, Decoder, Layer, Norm, Shared
-from memplan.architectures.shared import positions
+from memplan.architectures.decoder import AnyLinear, Attention, Decoder, Layer, Mlp, Norm
+from memplan.architectures.shared import Shared, positions
 from memplan.ops.embedding import Embedding, embedding
 from memplan.ops.pointwise import add, dropout, split_last
 from memplan.ops.tensor import Tensor
@@ -82,7 +82,7 @@ class GPT2(Decoder):
 
         return forward
 
-    def mlp(self, build: Builder) -> Layer:
+    def mlp(self, build: Builder) -> Mlp:
         spec = self.spec
         c_fc = self.conv1d(build, "mlp.c_fc", spec.hidden_size, spec.intermediate_size)
         c_proj = self.conv1d(build, "mlp.c_proj", spec.intermediate_size, spec.hidden_size)

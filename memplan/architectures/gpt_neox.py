@@ -13,7 +13,8 @@ Source: transformers 5.17 models/gpt_neox/modeling_gpt_neox.py. For memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Norm, Shared
+from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
+from memplan.architectures.shared import Shared
 from memplan.ops.attention import split_heads
 from memplan.ops.pointwise import add, dropout, split_last
 from memplan.ops.rotary import apply_partial_rotary_pair
@@ -75,7 +76,7 @@ class GPTNeoX(Decoder):
 
         return forward
 
-    def mlp(self, build: Builder) -> Layer:
+    def mlp(self, build: Builder) -> Mlp:
         spec = self.spec
         dense_h_to_4h = build.linear("mlp.dense_h_to_4h", spec.hidden_size, spec.intermediate_size, bias=True)
         dense_4h_to_h = build.linear("mlp.dense_4h_to_h", spec.intermediate_size, spec.hidden_size, bias=True)

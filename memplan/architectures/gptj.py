@@ -11,7 +11,8 @@ Source: transformers 5.17 models/gptj/modeling_gptj.py. For memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Norm, Shared
+from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
+from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.ops.attention import operand, softmax, weighted_values
 from memplan.ops.linear import bmm
@@ -67,7 +68,7 @@ class GPTJ(Decoder):
             by_token = (*x.shape[:2], heads, head_dim)
             query, key = query.view(*by_token), key.view(*by_token)
             value = self.heads(value, heads)
-            embed_positions, repeated_position_ids, sincos = sines_and_cosines(x.machine, table, x.shape[1], key.dtype)
+            _embed_positions, _repeated_ids, sincos = sines_and_cosines(x.machine, table, x.shape[1], key.dtype)
             sin, cos = slice_last(sincos, width // 2), slice_last(sincos, width // 2)
             if spec.rotary_dim is not None:
                 k_rot, k_pass = slice_last(key, width), slice_last(key, head_dim - width)
@@ -104,7 +105,7 @@ class GPTJ(Decoder):
         attn_weights = dropout(attn_weights, self.spec.attention_dropout)
         return weighted_values(attn_weights, value, by_tokens=True), attn_weights
 
-    def mlp(self, build: Builder) -> Layer:
+    def mlp(self, build: Builder) -> Mlp:
         spec = self.spec
         fc_in = build.linear("mlp.fc_in", spec.hidden_size, spec.intermediate_size, bias=True)
         fc_out = build.linear("mlp.fc_out", spec.intermediate_size, spec.hidden_size, bias=True)
@@ -122,9 +123,7 @@ class GPTJ(Decoder):
         return build.layer_norm("transformer.ln_f", self.spec.hidden_size)
 
 
-def sines_and_cosines(
-    m: Machine, table: tuple[int, int], tokens: int, dtype: DType
-) -> tuple[Tensor, Tensor, Tensor]:
+def sines_and_cosines(m: Machine, table: tuple[int, int], tokens: int, dtype: DType) -> tuple[Tensor, Tensor, Tensor]:
     """The table copied, the positions it is gathered at, and the rows gathered [1, S, width] in `dtype`."""
     embed_positions = m.empty((1, *table), DType.fp32)
     repeated_position_ids = m.empty((1, tokens, table[1]), DType.int64)

@@ -8,8 +8,9 @@ scale and costs nothing.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Layer, Shared
+from memplan.architectures.decoder import Layer
 from memplan.architectures.llama import Llama
+from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add, mul_number
 from memplan.ops.tensor import Tensor
 

@@ -8,7 +8,8 @@ from the norm.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm, Shared
+from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
+from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add, mul
 from memplan.ops.tensor import Tensor
 

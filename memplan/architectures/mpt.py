@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Norm, Shared
-from memplan.architectures.shared import causal_mask
+from memplan.architectures.decoder import Attention, Decoder, Layer, Norm
+from memplan.architectures.shared import Shared, causal_mask
 from memplan.dtypes import DType
 from memplan.ops.attention import operand, softmax, weighted_values
 from memplan.ops.linear import bmm

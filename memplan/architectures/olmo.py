@@ -12,8 +12,9 @@ What is special for memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm, Shared
+from memplan.architectures.decoder import Attention, Layer, Norm
 from memplan.architectures.llama import Llama
+from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.ops.norm import LateCastRMSNorm, LayerNorm
 from memplan.ops.pointwise import add, clip_in_place, to

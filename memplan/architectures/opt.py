@@ -1,4 +1,4 @@
-"""opt: learned positions from the mask, ReLU, dropout on both residuals; 350m has a narrower embedding and its norms after
+"""opt: learned positions from the mask, ReLU, dropout on both residuals; 350m has a narrower embedding and norms after
 attention and MLP.
 
 Source: transformers 5.17 models/opt/modeling_opt.py. For memory:
@@ -14,8 +14,8 @@ Source: transformers 5.17 models/opt/modeling_opt.py. For memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Decoder, Layer, Norm, Shared
-from memplan.architectures.shared import causal_mask
+from memplan.architectures.decoder import Attention, Decoder, Layer, Norm
+from memplan.architectures.shared import Shared, causal_mask
 from memplan.dtypes import DType
 from memplan.ops.embedding import Embedding, embedding
 from memplan.ops.pointwise import add, dropout, mul_number

@@ -6,7 +6,7 @@ Source: transformers 5.17 models/phi/modeling_phi.py.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Layer, Norm
+from memplan.architectures.decoder import Layer, Mlp, Norm
 from memplan.architectures.shared import Shared
 from memplan.architectures.stablelm import StableLm
 from memplan.ops.pointwise import add, dropout
@@ -39,11 +39,11 @@ class Phi(StableLm):
             attn_outputs = dropout(attn_outputs, p)
             feed_forward_hidden_states = dropout(mlp(hidden_states), p)
             hidden_states = add(add(attn_outputs, feed_forward_hidden_states), residual)
-            return hidden_states
+            return hidden_states  # noqa: RET504  the old one dies after it, as in the module
 
         return forward
 
-    def plain_mlp(self, build: Builder) -> Layer:
+    def plain_mlp(self, build: Builder) -> Mlp:
         spec = self.spec
         fc1 = build.linear("mlp.fc1", spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         fc2 = build.linear("mlp.fc2", spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)

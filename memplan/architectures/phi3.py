@@ -10,8 +10,9 @@ Source: transformers 5.17 models/phi3/modeling_phi3.py. What is special for memo
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Shared
+from memplan.architectures.decoder import Attention, Layer, Mlp
 from memplan.architectures.mistral import Mistral
+from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add, dropout, mul, slice_last, split_last
 from memplan.ops.rotary import apply_partial_rotary
 from memplan.ops.tensor import Tensor
@@ -66,10 +67,10 @@ class Phi3(Mistral):
         k_embed = apply_partial_rotary(k, shared.cos, shared.sin, width)
         return q_embed, k_embed
 
-    def mlp(self, build: Builder, kind: str) -> Layer:
+    def mlp(self, build: Builder, kind: str) -> Mlp:
         return self.fused_mlp(build)
 
-    def fused_mlp(self, build: Builder) -> Layer:
+    def fused_mlp(self, build: Builder) -> Mlp:
         """down_proj(up * act(gate)) with gate and up from one product."""
         hidden, width = self.spec.hidden_size, self.spec.intermediate_size
         gate_up_proj = build.linear("mlp.gate_up_proj", hidden, 2 * width)

@@ -32,16 +32,12 @@ class Shared:
     alibi: Tensor | None = None
 
     @classmethod
-    def made_by(
-        cls, decoder: Decoder, machine: Machine, dtype: DType, *, position_ids: Tensor | None = None
-    ) -> Shared:
+    def made_by(cls, decoder: Decoder, machine: Machine, dtype: DType, *, position_ids: Tensor | None = None) -> Shared:
         """The shared tensors of a run whose hidden states are of `dtype`."""
         return decoder.make_shared(machine, dtype, position_ids)
 
     @classmethod
-    def computed(
-        cls, decoder: Decoder, machine: Machine, dtype: DType, position_ids: Tensor | None = None
-    ) -> Self:
+    def computed(cls, decoder: Decoder, machine: Machine, dtype: DType, position_ids: Tensor | None = None) -> Self:
         """Positions, masks, rotary tables: the order of most models."""
         tokens = decoder.config.seq_len
         shared = cls()

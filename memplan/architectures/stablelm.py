@@ -35,7 +35,7 @@ class StableLm(Llama):
                 mlp_output = mlp(hidden_states)
                 mlp_output = dropout(mlp_output, p)
                 hidden_states = add(add(residual, self_attn_output), mlp_output)
-                return hidden_states
+                return hidden_states  # noqa: RET504  the old one dies after it, as in the module
 
             return side_by_side
         post_norm = self.norm(build, "post_attention_layernorm", spec.hidden_size)
@@ -48,7 +48,7 @@ class StableLm(Llama):
             mlp_output = mlp(post_norm(residual))
             mlp_output = dropout(mlp_output, p)
             hidden_states = add(residual, mlp_output)
-            return hidden_states
+            return hidden_states  # noqa: RET504  the old one dies after it, as in the module
 
         return in_turn
 
@@ -81,7 +81,7 @@ class StableLm(Llama):
         return forward
 
     def head_norm(self, build: Builder, name: str, num_heads: int) -> Norm:
-        """Each head is normed apart, by a LayerNorm of its own, and all are concatenated (`StableLmLayerNormPerHead`)."""
+        """Each head is normed apart, by its own LayerNorm, and all are concatenated (`StableLmLayerNormPerHead`)."""
         width = self.spec.head_dim
         norms = [build.layer_norm(f"{name}.norms.{i}", width, bias=False, strided=True) for i in range(num_heads)]
 

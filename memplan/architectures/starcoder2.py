@@ -6,8 +6,9 @@ Source: transformers 5.17 models/starcoder2/modeling_starcoder2.py. With a slidi
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm, Shared
+from memplan.architectures.decoder import Attention, Mlp, Norm
 from memplan.architectures.mistral import Mistral
+from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import dropout
 from memplan.ops.tensor import Tensor
 
@@ -30,7 +31,7 @@ class Starcoder2(Mistral):
 
         return forward
 
-    def mlp(self, build: Builder, kind: str) -> Layer:
+    def mlp(self, build: Builder, kind: str) -> Mlp:
         spec = self.spec
         c_fc = build.linear("mlp.c_fc", spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         c_proj = build.linear("mlp.c_proj", spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
@@ -42,6 +43,6 @@ class Starcoder2(Mistral):
             hidden_states = activation(hidden_states)
             hidden_states = c_proj(hidden_states)
             hidden_states = dropout(hidden_states, p)
-            return hidden_states
+            return hidden_states  # noqa: RET504  the old one dies after it, as in the module
 
         return forward

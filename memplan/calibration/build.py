@@ -115,9 +115,7 @@ def _replace_linears(model: Any, config: TrainConfig) -> Any:
 
 def _keep_some_in_fp32(model: Any, dtype: torch.dtype) -> None:
     """Parameters that transformers keeps in fp32 whatever dtype is asked for (its `dtype_plan`)."""
-    plan = (
-        set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
-    )
+    plan = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
     if dtype == torch.float16:
         plan |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     if not plan:

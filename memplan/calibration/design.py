@@ -82,9 +82,7 @@ def rough_bytes(model_type: str, shape: Shape, config: TrainConfig) -> int:
     else:
         quantised = config.method == "qlora" and not FAMILIES[model_type].is_moe
         held = params + embeddings * 4 if quantised else params * (4 if config.method == "qlora" else 2)
-        held += (
-            (config.rank or 0) * shape.num_layers * 16 * 14 * (shape.hidden_size + shape.intermediate_size)
-        )
+        held += (config.rank or 0) * shape.num_layers * 16 * 14 * (shape.hidden_size + shape.intermediate_size)
         held += embeddings * 16 * len(config.modules_to_save)
     width = 48 * shape.hidden_size + 16 * shape.intermediate_size * (
         shape.num_experts_per_tok if FAMILIES[model_type].is_moe else 1

@@ -69,9 +69,7 @@ def _head_dim(base: Callable[[Shape], dict[str, Any]]) -> Callable[[Shape], dict
     return lambda shape: {**base(shape), "head_dim": shape.head_dim}
 
 
-def _moe(
-    base: Callable[[Shape], dict[str, Any]], experts: str, width: str
-) -> Callable[[Shape], dict[str, Any]]:
+def _moe(base: Callable[[Shape], dict[str, Any]], experts: str, width: str) -> Callable[[Shape], dict[str, Any]]:
     return lambda shape: {
         **base(shape), experts: shape.num_experts, "num_experts_per_tok": shape.num_experts_per_tok,
         width: shape.intermediate_size,

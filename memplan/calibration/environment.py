@@ -40,9 +40,7 @@ def read_environment(device: str = "cuda") -> Environment:
     facts["torch"] = torch.__version__
     facts["python"] = platform.python_version()
     facts["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    facts["allocator_conf"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get(
-        "PYTORCH_ALLOC_CONF"
-    )
+    facts["allocator_conf"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
     for name in _LIBRARIES:
         try:
             facts[name] = metadata.version(name)

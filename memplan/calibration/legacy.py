@@ -49,9 +49,7 @@ def record_from_legacy(row: dict[str, Any]) -> Record:
         num_params=row["n_params"],
         # Of a TRL run the figure was taken before the trainer added its adapters.
         num_trainable_params=None if stated["stack"] == "trl" else row["n_trainable"],
-        trainable_dtypes=()
-        if stated["stack"] == "trl"
-        else tuple(_short(name) for name in row["trainable_dtypes"]),
+        trainable_dtypes=() if stated["stack"] == "trl" else tuple(_short(name) for name in row["trainable_dtypes"]),
         load_seconds=row["load_s"],
         step_seconds=seconds,
         tokens_per_second=tokens / min(seconds) if phases else None,

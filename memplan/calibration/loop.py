@@ -83,9 +83,7 @@ def train(
     return Trained(optimizer=optimizer, step_seconds=seconds)
 
 
-def _forward(
-    model: Any, batch: dict[str, torch.Tensor], config: TrainConfig, device: torch.device
-) -> torch.Tensor:
+def _forward(model: Any, batch: dict[str, torch.Tensor], config: TrainConfig, device: torch.device) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
         loss = compute_loss(model, batch, config)
     return loss / config.gradient_accumulation_steps if config.gradient_accumulation_steps > 1 else loss

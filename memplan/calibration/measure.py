@@ -41,9 +41,7 @@ def main(
     cases: Annotated[Path, typer.Option(help="JSON array of cases.")],
     out: Annotated[Path, typer.Option(help="Measurement file (JSON lines), appended to.")],
     timeout: Annotated[float, typer.Option(help="Seconds a case may take.")] = 120.0,
-    limit_seconds: Annotated[
-        float | None, typer.Option(help="Begin no case after this many seconds.")
-    ] = None,
+    limit_seconds: Annotated[float | None, typer.Option(help="Begin no case after this many seconds.")] = None,
     snapshot: Annotated[bool, typer.Option(help="Trace every case, whatever it says.")] = False,
     trace_dir: Annotated[Path | None, typer.Option(help="Where traces go; OUT.traces unless told.")] = None,
     stacks: Annotated[str, typer.Option(help="Stacks of a trace: all (with C++) or python.")] = "all",
@@ -59,9 +57,7 @@ def main(
         if snapshot:
             todo = [case.model_copy(update={"snapshot": True}) for case in todo]
         traces = trace_dir or out.with_name(out.name + ".traces")
-        num_left = measure(
-            todo, out, traces, timeout, limit_seconds, device=device, stacks=stacks, spawn=spawn
-        )
+        num_left = measure(todo, out, traces, timeout, limit_seconds, device=device, stacks=stacks, spawn=spawn)
         print_table(read_records(out).records)
     except MemplanError as error:
         for line in (f"error: {error.message}", *(f"hint: {hint}" for hint in error.hints)):
@@ -103,9 +99,7 @@ def measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     # No refresh thread: a process that forks had better have none.
-    with Progress(
-        *columns, console=_console, auto_refresh=False, disable=not _console.is_terminal
-    ) as progress:
+    with Progress(*columns, console=_console, auto_refresh=False, disable=not _console.is_terminal) as progress:
         task = progress.add_task("measuring", total=len(cases))
 
         def keep(record: Record) -> None:

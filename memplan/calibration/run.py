@@ -52,9 +52,7 @@ class _Run:
         )
 
 
-def run_case(
-    case: Case, *, device: str = "cuda", trace_path: Path | None = None, stacks: str = "all"
-) -> Record:
+def run_case(case: Case, *, device: str = "cuda", trace_path: Path | None = None, stacks: str = "all") -> Record:
     """Measure `case`. Running out of memory, or an error of the libraries, is a record too, no exception."""
     where = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     run = _Run(case, Meter(where))

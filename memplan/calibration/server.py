@@ -51,16 +51,12 @@ def run_forked(case: Case, runner: Runner, *, timeout: float, log: Path | None =
         wall = round(time.monotonic() - began, 3)
         if status is None:
             _kill(pid)
-            return Record(
-                case=case, status="timeout", error=f"killed after {timeout:.0f} s", wall_seconds=wall
-            )
+            return Record(case=case, status="timeout", error=f"killed after {timeout:.0f} s", wall_seconds=wall)
         if os.WIFSIGNALED(status):
             how = f"signal {signal.Signals(os.WTERMSIG(status)).name}"
         else:
             how = f"exit status {os.waitstatus_to_exitcode(status)}"
-        return Record(
-            case=case, status="error", error=f"the run's process ended with {how}", wall_seconds=wall
-        )
+        return Record(case=case, status="error", error=f"the run's process ended with {how}", wall_seconds=wall)
 
 
 def run_all(

@@ -32,9 +32,7 @@ class Recorder:
         self._name, self._first_mark = name, len(self.meter.marks)
         self._segments = torch.cuda.memory_snapshot()
         self.meter.counts, self._first_counts = True, self.meter.count()
-        torch.cuda.memory._record_memory_history(
-            enabled="all", context="alloc", stacks=self.stacks, clear_history=True
-        )
+        torch.cuda.memory._record_memory_history(enabled="all", context="alloc", stacks=self.stacks, clear_history=True)
 
     def stop(self) -> None:
         if not self._name:

@@ -67,8 +67,7 @@ class Part:
         """The events as torch's own history words them, for `memory.allocator_trace.replay_trace`."""
         names = {short: long for long, short in _ACTIONS.items()}
         return [
-            {"action": names[e.action], "addr": e.address, "size": e.num_bytes, "stream": e.stream}
-            for e in self.events
+            {"action": names[e.action], "addr": e.address, "size": e.num_bytes, "stream": e.stream} for e in self.events
         ]
 
     def frames(self, event: Event) -> list[str]:
@@ -157,9 +156,7 @@ def read_trace(path: str | Path) -> list[Part]:
     for line in lines:
         head = json.loads(line)
         events = [Event(*json.loads(next(lines))) for _ in range(head["num_events"])]
-        parts.append(
-            Part(head["part"], head["marks"], head["segments"], head["stacks"], events, head["num_dropped"])
-        )
+        parts.append(Part(head["part"], head["marks"], head["segments"], head["stacks"], events, head["num_dropped"]))
     return parts
 
 

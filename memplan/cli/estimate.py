@@ -9,7 +9,7 @@ import typer
 
 from memplan.cli import options
 from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
-from memplan.train_config import _ADAPTER_FIELDS, _QUANT_FIELDS, TrainConfig
+from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, TrainConfig
 from memplan.units import human
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def estimate_lines(result: Estimate) -> Iterator[str]:
 def run_lines(config: TrainConfig) -> Iterator[str]:
     """Every assumption of the run by its option, in the panels of the help; a star where the user said nothing."""
     unused = {
-        *(_ADAPTER_FIELDS if config.method == "full" else ()),
-        *(_QUANT_FIELDS if config.method != "qlora" else ()),
+        *(ADAPTER_FIELDS if config.method == "full" else ()),
+        *(QUANT_FIELDS if config.method != "qlora" else ()),
     }
     unused |= {"reentrant"} if not config.gradient_checkpointing else set()
     unused |= {"double_quant"} if config.quant_type == "int8" else set()

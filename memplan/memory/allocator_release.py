@@ -23,13 +23,7 @@ def garbage_collect_cached_blocks(allocator: CachingAllocator) -> None:
     if allocator.reserved_bytes <= threshold:
         return
     target = allocator.reserved_bytes - threshold
-    waiting = [
-        block
-        for pool in allocator.pools()
-        if not pool.is_small
-        for block in pool.blocks
-        if not block.is_split
-    ]
+    waiting = [block for pool in allocator.pools() if not pool.is_small for block in pool.blocks if not block.is_split]
     total_age = sum(allocator.num_large_lookups - block.gc_base for block in waiting)
     reclaimed, freed = 0, True
     while reclaimed < target and freed and waiting:

@@ -14,9 +14,7 @@ from memplan.memory.allocator_blocks import Block
 Slots = list[Block | None]
 
 
-def replay(
-    allocator: CachingAllocator, tape: Iterable[tuple[int, int]], slots: Slots, stream: int = 0
-) -> None:
+def replay(allocator: CachingAllocator, tape: Iterable[tuple[int, int]], slots: Slots, stream: int = 0) -> None:
     """Play `tape` once; `slots` holds the live blocks, None where there is none.
 
     Raises:

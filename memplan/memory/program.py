@@ -261,7 +261,7 @@ class Composer:
         return [(f, segment.gradients) for f, segment in pairs]
 
     def _dying_shared(self, pieces: Pieces, index: int, lives: list[str]) -> list[tuple[int, int]]:
-        """Position on the backward tape of layer `index`, and slot, of the shared tensors that it is the last to hold."""
+        """Position on the backward tape of layer `index`, and slot, of the shared tensors it is the last to hold."""
         if self.config.reentrant:
             return []
         layers = pieces.layers
@@ -276,9 +276,9 @@ class Composer:
         embedding's (positions, where they are learned)."""
         if pieces.embedding.keeps_shared[index] and not self.config.reentrant:
             return "embedding"
-        if self.config.reentrant and self.decoder.passes_mask_by_position:
-            if pieces.shared_slots[index] == pieces.embedding.mask_slot:
-                return "positional"
+        by_position = self.config.reentrant and self.decoder.passes_mask_by_position
+        if by_position and pieces.shared_slots[index] == pieces.embedding.mask_slot:
+            return "positional"
         return "layers" if any(layer.keeps_shared[index] for layer in pieces.layers) else "forward"
 
     def _make_optimizer(self, held: Resident) -> int:

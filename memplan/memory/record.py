@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Decoder, Shared
+from memplan.architectures.decoder import Decoder
+from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
 from memplan.ops.autocast import LOW

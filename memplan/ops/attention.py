@@ -97,8 +97,8 @@ def eager(
 
 
 def weighted_values(attn_weights: Tensor, value_states: Tensor, *, by_tokens: bool) -> Tensor:
-    """attn_weights @ value_states: [B, N, S, H]. With several sequences the values are copied if they lie by tokens, and
-    so is the gradient in backward, which comes by tokens."""
+    """attn_weights @ value_states: [B, N, S, H]. With several sequences the values are copied if they lie by tokens,
+    and so is the gradient in backward, which comes by tokens."""
     copies = value_states.shape[0] > 1
     shape = (*attn_weights.shape[:3], value_states.shape[3])
     output = bmm(attn_weights, operand(value_states, copies and by_tokens), shape)

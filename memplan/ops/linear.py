@@ -1,9 +1,9 @@
 """Matrix products: nn.Linear, Conv1D, batched matmul.
 
-    x @ W.T     saves the input if W trains, and W (no bytes: it is a parameter) if the input needs a gradient;
-                backward allocates dW first, then dx (MmBackward0, torch 2.11 tools/autograd/derivatives.yaml)
-    + bias      addmm: the same but dx first (AddmmBackward0; the generated code goes by argument name: mat1, mat2),
-                and the bias gradient is a sum of the incoming gradient
+x @ W.T     saves the input if W trains, and W (no bytes: it is a parameter) if the input needs a gradient;
+            backward allocates dW first, then dx (MmBackward0, torch 2.11 tools/autograd/derivatives.yaml)
++ bias      addmm: the same but dx first (AddmmBackward0; the generated code goes by argument name: mat1, mat2),
+            and the bias gradient is a sum of the incoming gradient
 """
 
 from __future__ import annotations

@@ -249,9 +249,7 @@ def split_last(x: Tensor, *widths: int) -> list[Tensor]:
 def _split_backward(node: Node, grads: GradList) -> Grads:
     shape, dtype, parts = node.meta
     # split_with_sizes_backward makes zeros for the parts that got no gradient, then concatenates
-    missing = [
-        node.machine.empty(part, dtype) for i, part in enumerate(parts) if i >= len(grads) or grads[i] is None
-    ]
+    missing = [node.machine.empty(part, dtype) for i, part in enumerate(parts) if i >= len(grads) or grads[i] is None]
     out = node.machine.empty(shape, dtype)
     del missing
     return (out,)

@@ -41,7 +41,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_partial_rotary_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """models/glm/modeling_glm.py: tables of the layer's own, the first half of the shared ones with each value twice."""
+    """models/glm/modeling_glm.py: tables of its own, the first half of the shared ones with each value twice."""
     width, head_dim = cos.shape[-1], q.shape[-1]
     cos = repeat_interleave_last(cos, width)
     sin = repeat_interleave_last(sin, width)

@@ -63,8 +63,8 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_gro
 def math_attention_over_one_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """q [B, N, S, H] over k and v [B, 1, S, H], which the products broadcast: [B, N, S, H].
 
-    Multi-query attention without `enable_gqa` (falcon) has no fused kernel in any dtype; half precision is cast to fp32,
-    and the probabilities back to it, though nobody asks for them. Autocast casts what goes in and is off inside.
+    Multi-query attention without `enable_gqa` (falcon) has no fused kernel in any dtype; half precision is cast to
+    fp32, and the probabilities back to it, though nobody asks for them. Autocast casts what goes in and is off inside.
     """
     m = q.machine
     mask, v, k, q = low(mask), low(v), low(k), low(q)

@@ -1,6 +1,6 @@
 """Colours, labels and axes that all pictures share.
 
-The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers and, in
+The colours are those of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers and, in
 the order used here, by their lightness in grey; lines also differ by their dashes and markers.
 """
 

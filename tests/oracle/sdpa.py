@@ -137,7 +137,7 @@ def _by_ops() -> Iterator[None]:
 
 
 def add_mask(scores: torch.Tensor, mask: torch.Tensor, **_: Any) -> torch.Tensor:
-    """`attn.add_(*attn_mask)` of `_scaled_dot_product_attention_math`, which under a dispatch mode goes out of place."""
+    """`attn.add_(*attn_mask)` of `_scaled_dot_product_attention_math`, out of place under a dispatch mode."""
     return scores.detach() if _is_math.get() else NotImplemented
 
 
