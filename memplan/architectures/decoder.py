@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.architectures.builder import Builder
+from memplan.architectures.run_warnings import run_warnings
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.errors import UnknownNameError
@@ -111,7 +112,7 @@ class Decoder:
 
     def warnings(self) -> list[str]:
         """What the user should know of this model and run, one sentence each."""
-        return []
+        return run_warnings(self.spec, self.config)
 
     # What all share
 

@@ -45,10 +45,11 @@ class Falcon(Decoder):
 
     def warnings(self) -> list[str]:
         if self.config.method != "qlora":
-            return []
+            return super().warnings()
         return [
+            *super().warnings(),
             "bitsandbytes does not quantise falcon's linear layers (transformers replaces plain nn.Linear only): this "
-            "run takes as much memory as `method=lora`, more with k-bit preparation"
+            "run takes as much memory as `method=lora`, more with k-bit preparation",
         ]
 
     def embed(self, build: Builder) -> Tensor:
