@@ -285,7 +285,7 @@ def bounds(hours: float, time: StepTime, gpu: GpuSpec, fit: Fit) -> tuple[Interv
     """
     p90 = fit.held_out["p90"]
     if gpu.name == fit.gpu:
-        note = f"nine of ten measured runs on this GPU came out within {p90:.0%} (runs not fitted)"
+        note = f"nine of ten measured runs on this GPU came out within {100 * p90:.0f} % (runs not fitted)"
         return (hours * (1 - p90), hours * (1 + p90)), note
     fastest = max(time.floor_seconds, time.host_seconds * (1 - p90))
     share = min(fastest / time.step_seconds, 1 - p90)

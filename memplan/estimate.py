@@ -45,7 +45,8 @@ class Estimate:
     """What one run takes, tier by tier. All sizes are bytes; peaks are over the training steps.
 
     `allocated_bytes` is what `torch.cuda.max_memory_allocated` reports, `reserved_bytes`
-    `max_memory_reserved`, `process_bytes` what NVML shows as used on an otherwise idle card.
+    `max_memory_reserved`, `process_bytes` what NVML (v1) shows as used on an otherwise idle card: with what the
+    driver keeps for itself, so what a card of that total must hold; `nvidia-smi` shows a bit less.
     """
 
     def __init__(

@@ -135,8 +135,8 @@ def test_70b_does_not_have_1_4_tb_of_optimizer_states() -> None:
 
 
 def test_120_16_and_5_gb() -> None:
-    """About true of Llama-7B at one sequence of 1024 as TRL runs it: full and LoRA of what nvidia-smi shows, in GB of
-    10⁹ bytes; QLoRA's 5 GB only of allocated tensors, nvidia-smi shows more."""
+    """About true of Llama-7B at one sequence of 1024 as TRL runs it: full and LoRA of what the card must hold, in GB of
+    10⁹ bytes; QLoRA's 5 GB only of allocated tensors, the process takes more."""
     full, lora, qlora = (estimate("llama-7b", method=method) for method in ("full", "lora", "qlora"))
     assert full.process_bytes == pytest.approx(120 * GB, rel=0.05)
     assert lora.process_bytes == pytest.approx(16 * GB, rel=0.05)

@@ -98,7 +98,7 @@ def _rows(num_variants: int) -> list[tuple[str, Callable[[Column], str]]]:
         ("peak is in", lambda c: c.estimate.peak_phase),
         ("allocated", lambda c: gib(c.estimate.allocated_bytes)),
         ("reserved", lambda c: gib(c.estimate.reserved_bytes)),
-        ("process (nvidia-smi)", lambda c: bold(gib(c.estimate.process_bytes))),
+        ("process (of the card)", lambda c: bold(gib(c.estimate.process_bytes))),
         ("  the same in GB", lambda c: f"{c.estimate.process_bytes / 1e9:,.2f}"),
         ("saved", lambda c: human(c.estimate.checkpoint_bytes)),
         (f"disk for {num_variants} variants", lambda c: human(c.storage_bytes(num_variants))),

@@ -147,7 +147,7 @@ def cost_lines(result: Cost, kept: Storage | None) -> Iterator[str]:
         rows.append(("cost", "no price", ""))
     rows.append(("speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.num_tokens:,} tokens"))
     rows.append(("step", f"{result.step_seconds:.3g} s", f"{result.num_steps:,} steps"))
-    rows.append(("MFU", f"{result.mfu:.0%}", "of the GPU's peak, recomputation not counted"))
+    rows.append(("MFU", percent(result.mfu, 1), "of the GPU's peak, recomputation not counted"))
     yield from columns(rows, "lrl")
     yield ""
     yield heading("one step", f"bound by {result.bound_by}")

@@ -148,7 +148,7 @@ def tier_lines(result: Estimate) -> Iterator[str]:
         [
             ("allocated", gib(result.allocated_bytes), "live tensors (torch.cuda.max_memory_allocated)"),
             ("reserved", gib(result.reserved_bytes), "the caching allocator's (max_memory_reserved)"),
-            (bold("process"), bold(process), f"{in_gb} nvidia-smi: what runs out"),
+            (bold("process"), bold(process), f"{in_gb} of the card, the driver's part included"),
         ],
         "lrl",
     )

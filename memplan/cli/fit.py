@@ -9,7 +9,7 @@ import typer
 
 from memplan.cli import options
 from memplan.cli.estimate import title
-from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph
+from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
 
 if TYPE_CHECKING:
     from memplan.fit import FitReport
@@ -118,7 +118,7 @@ def fit_lines(report: FitReport) -> Iterator[str]:
 
 
 def _in_words(report: FitReport) -> str:
-    share = f"{abs(report.headroom_bytes) / report.capacity_bytes:.0%}"
+    share = percent(abs(report.headroom_bytes), report.capacity_bytes)
     if report.verdict == "does not fit":
         return f"{gib(max(-report.headroom_bytes, 0))} GiB short of {gib(report.capacity_bytes)} GiB ({share})"
     if report.headroom_bytes < 0:

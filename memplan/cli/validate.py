@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph
+from memplan.cli.render import bold, columns, dim, emit, exact_percent, heading, join, paragraph
 from memplan.units import MIB
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[st
     yield bold(f"{len(validation.runs)} measured runs against their predictions")
     share = validation.share_of_right_phases
     if share is not None:
-        yield f"peak in the phase predicted: {share:.1%}"
+        yield f"peak in the phase predicted: {exact_percent(share, 1)}"
     yield ""
     yield heading("error", "share of the measured bytes; low: under by more than 0.5 %")
     yield from columns([_HEAD, *[_cells(s.tier, s) for s in comparison.summaries.values()]], "lrrrrrr")
@@ -105,7 +105,7 @@ def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[st
         for tier in comparison.summaries:
             for row in validation.worst(tier, worst):
                 off = (row.predicted_bytes - row.measured_bytes) / MIB
-                rows.append((tier, row.case_id, f"{row.error:+.2%}", f"{off:+,.1f} MiB"))
+                rows.append((tier, row.case_id, exact_percent(row.error, 2, sign="+"), f"{off:+,.1f} MiB"))
         yield from columns(rows, "llrr")
     if comparison.verdicts:
         false_fits = sum(v.is_false_fit for v in comparison.verdicts)
@@ -126,9 +126,9 @@ def _cells(name: str, summary: Summary) -> tuple[str, ...]:
     return (
         name,
         str(summary.num_runs),
-        f"{summary.mean:.3%}",
-        f"{summary.median:.3%}",
-        f"{summary.worst:+.2%}",
-        f"{summary.bias:+.3%}",
+        exact_percent(summary.mean, 3),
+        exact_percent(summary.median, 3),
+        exact_percent(summary.worst, 2, sign="+"),
+        exact_percent(summary.bias, 3, sign="+"),
         str(summary.num_dangerous),
     )
