@@ -1,0 +1,178 @@
+"""Sweeps, pictures, validation of records, and the commands that draw and replay: no window, no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memplan import estimate, gpus, plot
+from memplan.calibration.choose import cases_for
+from memplan.cli import app
+from memplan.errors import MemplanError
+from memplan.gpus import DetectedGpu
+from memplan.plot.steps import step_states
+from memplan.sweep import MAX_POINTS, parse_over, sweep
+from memplan.units import GIB
+from memplan.validation import validate
+
+MODEL = "smollm2-135m"
+MEASURED = sorted((Path(__file__).parent / "data" / "measured").glob("*.jsonl"))[:1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rank=4,8, 8", ("rank", (4, 8))),
+        ("rank=4:40:x2", ("rank", (4, 8, 16, 32))),
+        ("seq-len=512:2048:512", ("seq_len", (512, 1024, 1536, 2048))),
+        ("lora_dropout=0,0.5", ("lora_dropout", (0.0, 0.5))),
+        ("method=full,lora", ("method", ("full", "lora"))),
+    ],
+)
+def test_parse_over(text: str, expected: tuple[str, tuple[object, ...]]) -> None:
+    assert parse_over(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rank", "rank=", "rank=,", "rnk=4", "rank=four", "rank=4:8", "rank=8:4:1", "rank=4:8:x1", "rank=4:8:-1",
+     "rank=0:8:1", f"seq_len=1:{MAX_POINTS + 5}:1"],
+)  # fmt: skip
+def test_what_is_no_sweep_is_an_error(text: str) -> None:
+    with pytest.raises(MemplanError):
+        parse_over(text)
+
+
+def test_a_sweep_is_its_estimates_with_the_last_knob_fastest() -> None:
+    swept = sweep(MODEL, {"method": ("full", "lora"), "rank": (4, 8)}, lora_dropout=0.1)
+    assert [point.values for point in swept.points] == [("full", 4), ("full", 8), ("lora", 4), ("lora", 8)]
+    lora = list(swept.along("rank", method="lora"))
+    for point in lora:
+        alone = estimate(MODEL, method="lora", rank=point.values[1], lora_dropout=0.1)
+        assert point.estimate.process_bytes == alone.process_bytes
+    assert lora[0].estimate.process_bytes < lora[1].estimate.process_bytes
+
+
+@pytest.mark.parametrize("over", [{"rank": ()}, {"rnk": (4,)}, {"rank": range(1, MAX_POINTS + 2)}])
+def test_a_sweep_over_nothing_too_much_or_the_unknown(over: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(MemplanError):
+        sweep(MODEL, over)
+
+
+def test_lines_have_the_estimates_heights_and_the_cards_memory() -> None:
+    (ax,) = plot.over_rank(MODEL, (4, 64), capacities=("rtx-4090",)).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "process memory at the peak, GiB")
+    lora, qlora, card = ax.get_lines()
+    assert (lora.get_label(), qlora.get_label()) == ("LoRA", "QLoRA")
+    assert np.asarray(lora.get_ydata())[1] == estimate(MODEL, rank=64).process_bytes / GIB
+    assert set(np.asarray(card.get_ydata())) == {gpus.get("rtx-4090").memory_bytes / GIB}
+
+
+def test_stacks_add_up_to_the_allocated_peak() -> None:
+    (ax,) = plot.over(MODEL, "method", ["full", "lora"], stacked=True).axes
+    tops = [max(bar.get_y() + bar.get_height() for bars in ax.containers for bar in (bars[i],)) for i in (0, 1)]
+    expected = [estimate(MODEL, method=method).allocated_bytes / GIB for method in ("full", "lora")]
+    assert tops == pytest.approx(expected)
+
+
+def test_a_heat_map_has_a_cell_a_pair_and_labels() -> None:
+    figure = plot.heat_map(MODEL, ("seq_len", [128, 256, 512]), ("micro_batch_size", [1, 2]), capacities=("24GiB",))
+    ax, bar = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("seq len", "micro batch size")
+    cells = ax.images[0].get_array()
+    assert cells is not None and cells.shape == (2, 3)
+    assert bar.get_ylabel() == "process memory at the peak, GiB"
+
+
+def test_the_timeline_peaks_where_the_ledger_does() -> None:
+    made = estimate(MODEL)
+    times, states, phases = step_states(made)
+    assert times == sorted(times)
+    assert {"forward", "backward"} <= {name for name, _, _ in phases}
+    assert max(sum(state.values()) for state in states) == pytest.approx(made.allocated_bytes, rel=0.01)
+    (ax,) = plot.timeline(made).axes
+    assert "GiB" in ax.get_ylabel() and ax.get_xlabel()
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_is_written_in_the_format_of_its_suffix(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / f"a.{suffix}"
+    assert app.run(["plot", MODEL, "--over", "rank=4,8", "-o", str(path)]) == 0
+    assert path.read_bytes().startswith(magic)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["-o a.png", "--over rank=4 --timeline -o a.png", "--over rank=4", "--over rank=4 -o a.gif",
+     "--over rank=4 -o no/a.png",
+     "--over rank=4 --tier all -o a.png", "--over rank=4 --style none -o a.png", "--over rank=4 --over rank=8 -o a.png",
+     "--over rank=4 --methods lora,qlora --stacked -o a.png", "--over method=lora --methods lora -o a.png",
+     "--timeline --methods lora -o a.png", "--method full --over rank=4 -o a.png",
+     "--over rank=4 --capacity x -o a.png"],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_bad_input(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app.run(["plot", MODEL, *flags.split()]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_a_picture_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["plot", MODEL, "--over", "rank=4,8", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [p["process_bytes"] for p in points] == [estimate(MODEL, rank=rank).process_bytes for rank in (4, 8)]
+
+
+def test_validation_draws_and_counts_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validation = validate(MEASURED)
+    assert [row.error for row in validation.worst("allocated", 99)] == sorted(
+        (row.error for row in validation.rows("allocated")), key=abs, reverse=True
+    )
+    by_method = validation.by(lambda run: run.method)
+    assert sum(tiers["allocated"].num_runs for tiers in by_method.values()) == len(validation.rows("allocated"))
+    axes = plot.predicted_against_measured(validation).axes
+    assert {"GiB measured", "GiB predicted", "error, %"} <= {
+        label for ax in axes for label in (ax.get_xlabel(), ax.get_ylabel())
+    }
+    assert app.run(["validate", str(MEASURED[0]), "--plot", str(tmp_path / "a.png"), "--json"]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert json.loads(capsys.readouterr().out)["num_runs"] == len(validation.runs)
+
+
+def test_files_without_a_finished_run_are_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
+    empty.write_text("")
+    broken.write_text("{")
+    for arguments in ([str(empty)], [str(broken)], [str(tmp_path / "none.jsonl")], ["--by", "colour"]):
+        assert app.run(["validate", *arguments]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_calibrate_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise MemplanError("no NVIDIA GPU found", hints=["name one with `--gpu rtx-4090`"])
+
+    monkeypatch.setattr(gpus, "detect", none)
+    assert app.run(["calibrate", "--quick"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: no NVIDIA GPU found\n")
+    assert "memplan validate" in err and "--gpu" not in err
+    for arguments in (["--quick", "--full"], ["--rank", "8"], [MODEL, "--full"]):
+        assert app.run(["calibrate", *arguments]) == 2
+
+
+def test_a_run_of_ones_own_has_an_id_of_its_own(tmp_path: Path) -> None:
+    spec = gpus.get("h200")
+    card = DetectedGpu(spec, 0, "NVIDIA H200", spec.memory_bytes, spec.memory_bytes, "580")
+    many = tuple(f"layers.{i}.q_proj" for i in range(30))
+    qlora = {"method": "qlora"}
+    runs: list[dict[str, Any]] = [{}, qlora, {**qlora, "seq_len": 2048}, {"rank": 8}, {"target_modules": many}]
+    made = [cases_for(card, MODEL, run, quick=False, full=False, seed=0, share=0.9) for run in runs]
+    assert [len(cases) for cases in made] == [1] * len(runs)
+    assert len({cases[0].id for cases in made}) == len(runs)
