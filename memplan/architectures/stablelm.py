@@ -11,8 +11,8 @@ from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Layer, Norm
 from memplan.architectures.llama import Llama
 from memplan.architectures.shared import Shared
-from memplan.ops.pointwise import add, cat_last, dropout, split_last
-from memplan.ops.rotary import apply_partial_rotary_pair
+from memplan.ops.pointwise import add, cat_last, dropout, slice_last, split_last
+from memplan.ops.rotary import apply_rotary
 from memplan.ops.tensor import Tensor
 
 
@@ -72,7 +72,13 @@ class StableLm(Llama):
                 q = q_norm(q)
                 k = k_norm(k)
             assert shared.cos is not None and shared.sin is not None
-            q, k = apply_partial_rotary_pair(q, k, shared.cos, shared.sin)
+            # The four names hold the projections and what was rotated until the module returns.
+            rotary_ndims = shared.cos.shape[-1]
+            q_rot, q_pass = slice_last(q, rotary_ndims), slice_last(q, spec.head_dim - rotary_ndims)
+            k_rot, k_pass = slice_last(k, rotary_ndims), slice_last(k, spec.head_dim - rotary_ndims)
+            q_rot, k_rot = apply_rotary(q_rot, k_rot, shared.cos, shared.sin)
+            q = cat_last([q_rot, q_pass])
+            k = cat_last([k_rot, k_pass])
             attn_output, attn_weights = self.attention(q, k, v, shared, by_heads=True)
             attn_output = attn_output.view(*x.shape[:-1], width)
             attn_output = o_proj(attn_output)
