@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memplan.dtypes import DType
-from memplan.ops.autocast import high
 from memplan.ops.autograd import record, result_of
 from memplan.ops.embedding import Embedding, embedding
 from memplan.ops.int8 import Linear8bitLt
@@ -128,13 +127,19 @@ def norm_of_sum(weight: Tensor, lora_weight: Tensor, *, num_rows: int, rows_last
     in memory."""
     m = weight.machine
     weight = add(weight, mul_number(lora_weight))
-    cast = high(weight)
-    norm = m.empty((num_rows,), cast.dtype)
+    # autocast asks for an fp32 result, for which the kernel reads half precision itself (ReduceOpsUtils.h `make_reduction`)
+    dtype = DType.fp32 if m.autocast else weight.dtype
+    norm = m.empty((num_rows,), dtype)
     scratch = reduction_scratch(
-        weight.numel // num_rows, num_rows, cast.dtype, m.device, reduces_last=not rows_last, input_vec_size=4
+        weight.numel // num_rows,
+        num_rows,
+        weight.dtype,
+        m.device,
+        reduces_last=not rows_last,
+        out_dtype=dtype,
+        input_vec_size=4,
     )
     use_scratch(m, scratch)
-    del cast
     norm = to(norm, weight.dtype)
     return norm  # noqa: RET504
 
