@@ -226,7 +226,19 @@ def test_the_front_can_be_drawn(made: memplan.Plan, tmp_path: Path) -> None:
 
 
 def test_the_command_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "plan qwen3-0.6b --num-tokens 1M --gpus h200 --price 3 --methods lora --plot".split()
+    arguments = [
+        "plan",
+        "qwen3-0.6b",
+        "--num-tokens",
+        "1M",
+        "--gpus",
+        "h200",
+        "--price",
+        "3",
+        "--methods",
+        "lora",
+        "--plot",
+    ]
     assert run([*arguments, str(tmp_path / "front.png")]) == 0
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert run([*arguments, str(tmp_path / "front.doc")]) == 2
