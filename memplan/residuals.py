@@ -1,26 +1,79 @@
 """How far measured runs have gone beyond their predictions: the band inside which `fit` does not say yes.
 
-The shares come from the shipped records (`memplan validate`), by stack: the worst prediction of process memory that was
-too low, and never from taste. A test recomputes them from the records.
+`data/residuals.json` is what `measured_excess` finds over the shipped records, never taste; a test recomputes it.
+Small runs exceed by whole segments of the allocator (2 to 20 MiB), larger ones by a share of what they take. An int8
+base stands apart: LLM.int8 keeps every column that holds an activation over 6 in 16 bits, which is data.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from importlib import resources
+from typing import Any
 
+from memplan.estimate import Estimate
+from memplan.memory.allocator import OutOfMemory
+from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.simulate import simulate
 from memplan.train_config import TrainConfig
+from memplan.units import MIB
+
+LARGE_RUN_BYTES = 2048 * MIB
+"""From here on the excess is a share: a segment is then less than 1 % of a run."""
 
 
 @cache
-def worst_low_shares() -> dict[str, float]:
-    """By stack, the largest share by which a measured run took more reserved memory than predicted."""
+def _measured() -> dict[str, Any]:
     text = resources.files("memplan").joinpath("data/residuals.json").read_text(encoding="utf-8")
-    return {stack: float(share) for stack, share in json.loads(text)["worst_low_share"].items()}
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def band(config: TrainConfig, num_bytes: int) -> int:
-    """Bytes that a run like `config` of about `num_bytes` may take beyond its prediction."""
-    shares = worst_low_shares()
-    return int(num_bytes * shares.get(config.stack, max(shares.values())))
+    """Bytes that a run like `config` of about `num_bytes` of tensors may take beyond its prediction."""
+    measured = _measured()
+    share = measured["share_of_large_runs"][kind_of(config)]
+    return max(int(num_bytes * share), int(measured["bytes_of_small_runs"]))
+
+
+def kind_of(config: TrainConfig) -> str:
+    """`int8`, or `other`: between stacks and methods the records show no difference to rely on."""
+    return "int8" if config.method == "qlora" and config.quant_type == "int8" else "other"
+
+
+def excess_bytes(made: Estimate, allocated_bytes: int, reserved_bytes: int | None) -> int:
+    """What a run took beyond its prediction, in either tier; `reserved_bytes` None where a limit held it down."""
+    reserved = 0 if reserved_bytes is None else reserved_bytes - made.reserved_bytes
+    return max(0, allocated_bytes - made.allocated_bytes, reserved)
+
+
+def excess_at_limit(made: Estimate, limit_bytes: int) -> int:
+    """For a run that ran out of memory under `limit_bytes`: how much less it would have to be for memplan to say so.
+
+    0 where it says so already; found to a thousandth of the limit.
+    """
+    for part in range(1000):
+        margin = limit_bytes * part // 1000
+        try:
+            simulate(made.program, replace(AllocatorConfig(), limit_bytes=limit_bytes - margin))
+        except OutOfMemory:
+            return margin
+    return limit_bytes
+
+
+def measured_excess(excesses: Iterable[tuple[TrainConfig, int, int]]) -> dict[str, Any]:
+    """What `data/residuals.json` holds, from (config, tensor_bytes, excess bytes) of measured runs."""
+    shares = {"int8": 0.0, "other": 0.0}
+    small = 0
+    for config, tensor_bytes, excess in excesses:
+        kind = kind_of(config)
+        if tensor_bytes < LARGE_RUN_BYTES and kind != "int8":
+            small = max(small, excess)
+        else:
+            shares[kind] = max(shares[kind], excess / tensor_bytes)
+    # upwards: a band a hair too narrow would be one that a measured run exceeds
+    rounded = {kind: int(share * 10_000 + 1) / 10_000 for kind, share in shares.items()}
+    return {"share_of_large_runs": rounded, "bytes_of_small_runs": small}
