@@ -127,7 +127,7 @@ class Composer:
     def record(self, *, accumulating: bool) -> Pieces:
         decoder, spec = self.decoder, self.decoder.spec
         embedding, shared_slots = record_embedding(decoder, accumulating=accumulating)
-        stream = Stream(*embedding.out, embedding.out_requires_grad)
+        stream = Stream(*embedding.out, embedding.out_requires_grad, is_leaf=embedding.holds_out)
         made: dict[tuple[str, Stream, bool], Segment] = {}
         layers = []
         for index in range(spec.num_hidden_layers):

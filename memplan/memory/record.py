@@ -23,6 +23,7 @@ class Stream:
     shape: Shape
     dtype: DType
     requires_grad: bool
+    is_leaf: bool = False
 
 
 def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, list[int]]:
@@ -94,7 +95,7 @@ def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, ac
     layer = decoder.layer(build, kind, given)
     if accumulating:
         seed_gradients(build.parameters)
-    x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad)
+    x = recorder.port_x(x_in.shape, x_in.dtype, requires_grad=x_in.requires_grad, is_leaf=x_in.is_leaf)
     collector = x.node
     if not config.gradient_checkpointing:
         outputs = layer(x)

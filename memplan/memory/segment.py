@@ -76,9 +76,10 @@ class Recorder:
         self.machine = Machine(autocast=autocast, num_ports=NUM_PORTS, device=device)
         self.port_sizes: dict[int, int] = {}
 
-    def port_x(self, shape: Shape, dtype: DType, *, requires_grad: bool) -> Tensor:
+    def port_x(self, shape: Shape, dtype: DType, *, requires_grad: bool, is_leaf: bool = False) -> Tensor:
         """The hidden states that come in; their gradient is collected at a node of their own."""
         x = self._port(PORT_X, shape, dtype)
+        x.is_leaf = is_leaf
         self.machine.kinds[PORT_X] = "activations"
         if requires_grad:
             x.requires_grad = True

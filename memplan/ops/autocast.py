@@ -20,7 +20,7 @@ def low(x: Tensor) -> Tensor:
     m = x.machine
     if not m.autocast or x.dtype is LOW or not x.dtype.is_floating:
         return x
-    cacheable = isinstance(x, Parameter) and x.requires_grad and x.dtype is DType.fp32
+    cacheable = (isinstance(x, Parameter) or x.is_leaf) and x.requires_grad and x.dtype is DType.fp32
     if not cacheable:
         return to(x, LOW)
     held = m.cast_cache.get(id(x))

@@ -35,6 +35,7 @@ class _Frame:
     def __init__(self, forward: Forward, x: Tensor) -> None:
         self.forward = forward
         self.x = x.view(*x.shape)
+        self.x.is_leaf = x.is_leaf
         self.x.storage.mark("activations")
         self.placeholders: list[ref[_Placeholder]] = []
         self.recomputed: list[Tensor | None] | None = None
@@ -115,7 +116,7 @@ def _reentrant_backward(node: Node, grads: GradList) -> Grads:
     # torch.autograd.Function makes zeros of the gradients that its outputs did not get
     zeros = [m.empty(shape, dtype) for shape, dtype in node.likes[1:]]
     x = node.unpack().detach()
-    x.requires_grad = True
+    x.requires_grad = x.is_leaf = True
     before, m.cast_cache = m.cast_cache, {}
     grad_was, m.grad_enabled = m.grad_enabled, True
     result = forward(x)

@@ -156,7 +156,7 @@ class BorrowedStorage(Storage):
 class Tensor:
     """A handle on a storage, as at::Tensor is. Views and saved tensors are further handles."""
 
-    __slots__ = ("dtype", "is_reshaped", "node", "node_output", "requires_grad", "shape", "storage")
+    __slots__ = ("dtype", "is_leaf", "is_reshaped", "node", "node_output", "requires_grad", "shape", "storage")
 
     def __init__(self, storage: Storage, shape: Shape, dtype: DType) -> None:
         self.storage = storage
@@ -166,6 +166,8 @@ class Tensor:
         self.node: Node | None = None
         self.node_output = 0
         self.requires_grad = False
+        self.is_leaf = False
+        """No parameter, but a leaf of the graph all the same: hidden states that were made to require a gradient."""
         self.is_reshaped = False
         """A gradient that came through a reshape: a view, to which CUDA builds do not add in place."""
 
