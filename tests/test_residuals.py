@@ -21,7 +21,7 @@ from memplan.validation import Validation, gpu_of, records_dir, validate
 def limit_runs() -> list[tuple[str, str, int, TrainConfig, Estimate]]:
     """id, status, limit, config and estimate of the runs at the edge of smaller cards."""
     file = read_records(records_dir() / "h200-limits.jsonl")
-    found = []
+    found: list[tuple[str, str, int, TrainConfig, Estimate]] = []
     for record in file.records:
         config = record.case.train_config()
         made = Estimate(ModelSpec.from_hf_config(record.case.hf_config), config, gpu_of(file))
