@@ -127,7 +127,7 @@ def norm_of_sum(weight: Tensor, lora_weight: Tensor, *, num_rows: int, rows_last
     in memory."""
     m = weight.machine
     weight = add(weight, mul_number(lora_weight))
-    # autocast asks for an fp32 result, for which the kernel reads half precision itself (ReduceOpsUtils.h `make_reduction`)
+    # autocast asks for fp32, for which the kernel reads half precision itself (ReduceOpsUtils.h `make_reduction`)
     dtype = DType.fp32 if m.autocast else weight.dtype
     norm = m.empty((num_rows,), dtype)
     scratch = reduction_scratch(
