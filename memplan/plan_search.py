@@ -15,14 +15,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from memplan.architectures import decoder_for
 from memplan.cost import Interval, amount_of, bounds
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
+from memplan.memory.ledger import fold
+from memplan.memory.program import Composer, Program
 from memplan.memory.runtime import device_for, runtime_for
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import Device
 from memplan.prices import Price
+from memplan.timing.layers import Linear, linears
 from memplan.timing.model import StepTime, half_dtype, time_of
 from memplan.timing.roofline import roofline, shipped
 from memplan.timing.work import StepWork, step_work
@@ -60,19 +64,25 @@ class Counted:
     """One run counted for all GPUs whose kernels use memory alike: its work, and the tensors alone as a lower bound of
     its memory. `card` is the one of them whose workspaces are smallest."""
 
-    def __init__(self, spec: ModelSpec, config: TrainConfig, card: GpuSpec) -> None:
-        self.spec, self.config = spec, config
-        steps = config.gradient_accumulation_steps
-        # The tensors of every micro-step after the second are those of the second.
-        self.estimate = Estimate(spec, config.but(gradient_accumulation_steps=min(steps, 2)), card)
+    def __init__(self, search: Search, config: TrainConfig, card: GpuSpec) -> None:
+        self.search, self.config = search, config
+        # The work of every micro-step after the second is that of the second, and its tensors are no fewer; and so it
+        # is with steps, of which an estimate plays three.
+        self.shown = config.but(gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2))
+        decoder = decoder_for(search.spec, self.shown, device_for(card))
+        workspace_bytes = search.runtimes[card.name].workspace_bytes
+        self.program = Composer(decoder, workspace_bytes=workspace_bytes, num_steps=2).compose()
+        self.tensor_bytes = fold(self.program).peak_bytes
 
     @cached_property
     def work(self) -> StepWork:
         steps = self.config.gradient_accumulation_steps
-        return step_work(self.estimate.program, self.spec, self.estimate.config, num_micro_steps=steps)
+        layers = self.search.layers_of(self.program, self.shown)
+        return step_work(self.program, self.search.spec, self.shown, num_micro_steps=steps, layers=layers)
 
     def least_bytes(self, card: GpuSpec) -> int:
-        return self.estimate.tensor_bytes + runtime_for(card).beside_reserved(self.config)
+        runtime = self.search.runtimes[card.name]
+        return self.tensor_bytes + runtime.beside_reserved(self.config, self.program.managed_bytes)
 
 
 @dataclass
@@ -96,8 +106,10 @@ class Search:
     ) -> None:
         self.spec, self.runs, self.num_tokens = spec, runs, num_tokens
         self.num_configurations = self.num_played = 0
-        by_workspace = sorted(cards, key=lambda card: (-runtime_for(card).workspace_bytes, card.name))
+        self.runtimes = {card.name: runtime_for(card) for card in cards}
+        by_workspace = sorted(cards, key=lambda card: (-self.runtimes[card.name].workspace_bytes, card.name))
         self._smallest = {_device(card): card for card in by_workspace}
+        self._layers: dict[Method, list[Linear]] = {}
         self._counted: dict[tuple[Device, TrainConfig], Counted] = {}
         self._played: dict[tuple[object, TrainConfig], Estimate] = {}
 
@@ -131,10 +143,16 @@ class Search:
                 continue
             counted = self._counted.get((device, config))
             if counted is None:
-                counted = self._counted[device, config] = Counted(self.spec, config, self._smallest[device])
+                counted = self._counted[device, config] = Counted(self, config, self._smallest[device])
             if counted.least_bytes(card) > card.memory_bytes:
                 too_large.add(config.gradient_checkpointing)
             yield counted
+
+    def layers_of(self, program: Program, config: TrainConfig) -> list[Linear]:
+        """The linear layers of a method: the same for all its runs."""
+        if config.method not in self._layers:
+            self._layers[config.method] = linears(program.weights, self.spec, config)
+        return self._layers[config.method]
 
     def _hours(self, time: StepTime, config: TrainConfig) -> float:
         return time.step_seconds * amount_of(config, num_tokens=self.num_tokens).num_steps / 3600
@@ -163,7 +181,7 @@ class Search:
             lane.candidate = replace(candidate, process_bytes=estimate.process_bytes, fits=True)
 
     def _play(self, config: TrainConfig, card: GpuSpec) -> Estimate:
-        runtime = runtime_for(card)
+        runtime = self.runtimes[card.name]
         # what of a GPU the played program depends on, names apart
         key = (_device(card), runtime.workspace_bytes, runtime.beside_reserved(config)), config
         if key not in self._played:

@@ -47,6 +47,7 @@ class Row:
     """One measured run and its counted work."""
 
     id: str
+    file: str
     config: TrainConfig
     work: StepWork
     seconds: float
@@ -68,7 +69,7 @@ def load_rows(paths: Iterable[Path], *, seed: int, held_out: float) -> tuple[lis
                 left_out[reason] = left_out.get(reason, 0) + 1
                 continue
             try:
-                rows.append(_row(record, seed, held_out))
+                rows.append(_row(record, path.stem, seed, held_out))
             except MemplanError as error:
                 left_out[error.message] = left_out.get(error.message, 0) + 1
     return rows, left_out
@@ -83,14 +84,14 @@ def clean_steps(record: Record) -> list[float]:
     return [s for number, s in enumerate(record.step_seconds, 1) if number > 1 and number != traced]
 
 
-def _row(record: Record, seed: int, held_out: float) -> Row:
+def _row(record: Record, file: str, seed: int, held_out: float) -> Row:
     config = record.case.train_config()
     model = ModelSpec.from_hf_config(record.case.hf_config)
     estimate = Estimate(model, config, None)
     work = step_work(estimate.program, model, config)
     run = json.dumps([record.case.hf_config, config.model_dump(mode="json")], sort_keys=True)
     digest = hashlib.sha256(f"{seed}:{run}".encode()).digest()
-    return Row(record.case.id, config, work, min(clean_steps(record)), digest[0] < 256 * held_out)
+    return Row(record.case.id, file, config, work, min(clean_steps(record)), digest[0] < 256 * held_out)
 
 
 def fit(rows: Sequence[Row], gpu: GpuSpec) -> Constants:
@@ -154,13 +155,14 @@ def _constants(point: Any) -> Constants:
 
 
 def score(rows: Sequence[Row], gpu: GpuSpec, constants: Constants) -> dict[str, dict[str, float]]:
-    """Errors of all rows, of launch-bound ones and of the others, relative to what was measured."""
+    """Errors relative to what was measured: of all rows, of launch-bound ones and the others, and of each file."""
     errors: dict[str, list[float]] = {"all": [], "launch-bound": [], "device-bound": []}
     for row in rows:
         time = row.predict(gpu, constants)
         error = time.step_seconds / row.seconds - 1
         errors["all"].append(error)
         errors["launch-bound" if time.bound_by == LAUNCHES else "device-bound"].append(error)
+        errors.setdefault(row.file, []).append(error)
     return {name: _summary(found) for name, found in errors.items() if found}
 
 
@@ -211,11 +213,12 @@ def main(
         print(f"{name:20s} {getattr(constants, name):.4g}")
     for part, figures in scores.items():
         for kind, figure in figures.items():
-            print(f"{part:9s} {kind:13s} {figure}")
+            print(f"{part:9s} {kind:20s} {figure}")
     if out is not None:
         body = {
             "gpu": card.name,
-            "source": f"{len(rows)} measured runs, {len(train)} fitted and {len(test)} held out (split seed {seed})",
+            "source": f"{len(rows)} measured runs, {len(train)} fitted and {len(test)} held out (split seed {seed}): "
+            + ", ".join(path.name for path in records),
             "constants": {name: float(f"{getattr(constants, name):.5g}") for name in NAMES},
             "fitted": scores["fitted"],
             "held_out": scores["held_out"],

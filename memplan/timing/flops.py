@@ -11,18 +11,13 @@ attention      4 * B * heads * S**2 * head_dim forward, 2.5 times that in backwa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from memplan.architectures.builder import Weight
 from memplan.dtypes import DType
 from memplan.model_spec import ModelSpec
+from memplan.timing.layers import Linear
 from memplan.train_config import TrainConfig
-
-# Looked up by row, not multiplied: token, position and type tables as transformers 5.17 names them.
-_LOOKUP = re.compile(r"(^|\.)(embed_tokens|embed_positions|wte|wpe|word_embeddings|embed_in|embed_tokens_per_layer)\.")
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,7 @@ class Matmul:
     phase: str
     """`forward`, `recompute`, `dx` or `dw`."""
     part: str
-    """`base`, `adapter`, `head` or `experts`."""
+    """As of its `Linear`."""
     groups: int = 1
     """Of a grouped product: matrices multiplied in one kernel; `rows` is of all of them together."""
 
@@ -73,95 +68,30 @@ class AttentionWork:
     phase: str
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """Linear layers of one shape, as many as the model has."""
-
-    out_features: int
-    in_features: int
-    experts: int
-    part: str
-    trains: bool
-    stored_bytes: int
-    count: int
-    in_layers: bool
-    last: int
-    """How many of them are the last product of their layer, which recomputation stops before."""
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features * self.experts
-
-
-def linears(weights: list[Weight], spec: ModelSpec, config: TrainConfig) -> list[Linear]:
-    """The linear layers behind `weights`, equal ones together; a tied head once more."""
-    last = _last_of_each_layer(weights)
-    counts: dict[tuple[int, int, int, str, bool, int, bool], list[int]] = {}
-    for w in weights:
-        if w.buffer or len(w.shape) not in (2, 3) or _LOOKUP.search(w.name):
-            continue
-        *experts, out_features, in_features = w.shape
-        in_layers = _LAYER.match(w.name) is not None
-        part = _part(w, bool(experts), in_layers, spec)
-        key = out_features, in_features, experts[0] if experts else 1, part, w.trains, sum(w.stored), in_layers
-        entry = counts.setdefault(key, [0, 0])
-        entry[0] += 1
-        entry[1] += w.name in last
-    if spec.tie_word_embeddings:
-        trains = config.method == "full"
-        counts[(spec.vocab_size, spec.hidden_size, 1, "head", trains, 0, False)] = [1, 0]
-    return [Linear(*key[:6], count, key[6], last_count) for key, (count, last_count) in counts.items()]
-
-
-def _part(w: Weight, is_expert: bool, in_layers: bool, spec: ModelSpec) -> str:
-    if w.kind == "adapters":
-        return "adapter"
-    if is_expert:
-        return "experts"
-    return "head" if not in_layers and spec.vocab_size in w.shape else "base"
-
-
-def _last_of_each_layer(weights: list[Weight]) -> set[str]:
-    """Names of the base weights that come last in their layer; none where adapters follow them."""
-    if any(w.kind == "adapters" for w in weights):
-        return set()
-    last: dict[str, str] = {}
-    for w in weights:
-        found = _LAYER.match(w.name)
-        if found is not None and len(w.shape) in (2, 3):
-            last[found[0]] = w.name
-    return set(last.values())
-
-
-def matmul_dtype(part: str, config: TrainConfig) -> DType:
-    """dtype in which a linear layer multiplies."""
-    if config.autocast:
-        return DType.bf16
-    if part == "adapter":
-        return DType[config.adapter_dtype]
-    if config.method == "qlora":
-        if part == "base":
-            return DType.bf16
-        return DType.fp32 if config.kbit_prep else DType[config.weight_dtype]
-    return DType[config.weight_dtype]
-
-
 def matmuls(layers: list[Linear], spec: ModelSpec, config: TrainConfig) -> Iterator[Matmul]:
     """The products of one micro-step."""
     tokens = config.tokens_per_micro_batch
     for linear in layers:
         rows = tokens * (spec.num_experts_per_tok if linear.part == "experts" else 1)
-        dtype = matmul_dtype(linear.part, config)
+        cols, depth, times = linear.out_features, linear.in_features, 1
+        if linear.part == "delta":  # lora_B [out, rank] x lora_A [rank, in], made twice a forward
+            rows, cols, depth, times = linear.out_features * linear.groups, linear.in_features, linear.rank, 2
 
-        def product(phase: str, count: int, *, rows: int = rows, dtype: DType = dtype, of: Linear = linear) -> Matmul:
-            return Matmul(rows, of.out_features, of.in_features, dtype, count, phase, of.part, of.experts)
+        def product(
+            phase: str,
+            count: int,
+            *,
+            shape: tuple[int, int, int] = (rows, cols, depth),
+            of: Linear = linear,
+        ) -> Matmul:
+            return Matmul(*shape, of.dtype, count, phase, of.part, of.groups)
 
-        yield product("forward", linear.count)
+        yield product("forward", linear.count * times)
         yield product("dx", linear.count)
-        if linear.trains:
+        if linear.needs_dw:
             yield product("dw", linear.count)
         if config.gradient_checkpointing and linear.in_layers:
-            yield product("recompute", linear.count - (0 if config.reentrant else linear.last))
+            yield product("recompute", (linear.count - (0 if config.reentrant else linear.last)) * times)
         if config.loss == "chunked" and linear.part == "head":  # backward makes each tile of logits again
             yield product("recompute", linear.count)
 

@@ -6,7 +6,9 @@ into the next phase: end = max(end + device, host's begin + max(host, device)), 
 The host waits where it reads a result: Trainer looks whether each loss is a number (transformers 5.17 trainer.py,
 `logging_nan_inf_filter`), SFTTrainer reads its metrics after each forward (TRL 1.16 trainer/sft_trainer.py
 `compute_loss`), and LLM.int8 asks in every product whether there are outliers (bitsandbytes 0.50.2 backends/cuda/ops.py
-`int8_vectorwise_quant`), so that its forward does not overlap at all.
+`int8_vectorwise_quant`), so that its forward does not overlap at all. Nor do the products of routed experts where they
+run as a loop over experts, which reads where each begins (torch 2.11 aten/src/ATen/native/GroupedMMUtils.h
+`_grouped_mm_fallback`): everywhere but in bf16 on compute capability 9 and 10 (cuda/GroupedBlas.cpp).
 """
 
 from __future__ import annotations
@@ -74,8 +76,9 @@ def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Consta
     """The time of work that has been counted before: the same work on many GPUs costs one counting."""
     line = roofline(gpu, half_dtype(config), constants)
     micro, update = _device(work, line, config)
-    micro_host, update_host = _host(work, config, constants)
-    waits_within, waits_after = _waits(config)
+    loops = _loops(work, gpu)
+    micro_host, update_host = _host(work, config, constants, loops)
+    waits_within, waits_after = _waits(config, loops)
     begin = end = host = 0.0
     parts = dict.fromkeys(("matrix products", "attention", "elementwise", "dequantisation", "optimizer"), 0.0)
     for number in range(work.num_micro_steps):
@@ -107,11 +110,21 @@ def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Consta
     )
 
 
-def _waits(config: TrainConfig) -> tuple[frozenset[str], frozenset[str]]:
+def _loops(work: StepWork, gpu: GpuSpec) -> dict[str, int]:
+    """Products that loops over experts launch one by one, by phase."""
+    fast = (gpu.compute_capability or "").split(".")[0] in ("9", "10")
+    looped = [m for m in work.matmuls if m.part == "experts" and not (fast and m.dtype is DType.bf16)]
+    return {
+        phase: sum(m.count * m.groups for m in looped if (m.phase == "forward") is (phase == "forward"))
+        for phase in ("forward", "backward")
+    }
+
+
+def _waits(config: TrainConfig, loops: dict[str, int]) -> tuple[frozenset[str], frozenset[str]]:
     """Phases within which the host waits again and again, and those after which it waits once."""
-    within = set()
+    within = {phase for phase, number in loops.items() if number}
     if config.method == "qlora" and config.quant_type == "int8":
-        within = {"forward", "backward"} if config.gradient_checkpointing else {"forward"}
+        within |= {"forward", "backward"} if config.gradient_checkpointing else {"forward"}
     after = {"torch": (), "trainer": ("backward",), "trl": ("forward", "backward")}[config.stack]
     return frozenset(within), frozenset(after)
 
@@ -146,13 +159,14 @@ def _device(work: StepWork, line: Roofline, config: TrainConfig) -> tuple[dict[s
     return micro, changed + line.stream(work.clip_bytes) + work.update.kernels * kernel
 
 
-def _host(work: StepWork, config: TrainConfig, c: Constants) -> tuple[dict[str, float], float]:
+def _host(work: StepWork, config: TrainConfig, c: Constants, loops: dict[str, int]) -> tuple[dict[str, float], float]:
+    """Host seconds of one micro-step by phase, and of the update."""
     passes = 3 if work.num_checkpoints else 2
     python = work.dequantisation.calls * c.per_dequantisation / passes
     adapters = work.num_adapters * c.per_adapter
-    forward = work.forward.kernels * c.launch_forward + python + adapters
+    forward = work.forward.kernels * c.launch_forward + python + adapters + loops["forward"] * c.per_group
     own = work.backward.kernels - work.recomputed.kernels
-    backward = own * c.launch_backward + python * (passes - 1)
+    backward = own * c.launch_backward + python * (passes - 1) + loops["backward"] * c.per_group
     if work.num_checkpoints:
         backward += work.recomputed.kernels * c.launch_recompute + work.num_checkpoints * c.per_checkpoint + adapters
     update = work.update.kernels * c.launch_update

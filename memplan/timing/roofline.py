@@ -66,6 +66,8 @@ class Constants:
     """Host, an adapted layer's own Python, in each forward."""
     per_dequantisation: float = 60e-6
     """Host, a product with a 4-bit weight."""
+    per_group: float = 15e-6
+    """Host, one expert of a grouped product that runs as a loop."""
     per_checkpoint: float = 100e-6
     """Host, a checkpointed layer."""
     per_step: float = 2e-3

@@ -15,7 +15,8 @@ from memplan.memory.program import Play, Program
 from memplan.model_spec import ModelSpec
 from memplan.ops.quantized import dequantises
 from memplan.ops.tensor import Tape
-from memplan.timing.flops import AttentionWork, Linear, Matmul, attentions, linears, matmuls
+from memplan.timing.flops import AttentionWork, Matmul, attentions, matmuls
+from memplan.timing.layers import Linear, linears
 from memplan.timing.update import clip_bytes, update_bytes
 from memplan.train_config import TrainConfig
 
@@ -89,13 +90,19 @@ class StepWork:
 
 
 def step_work(
-    program: Program, spec: ModelSpec, config: TrainConfig, *, num_micro_steps: int | None = None
+    program: Program,
+    spec: ModelSpec,
+    config: TrainConfig,
+    *,
+    num_micro_steps: int | None = None,
+    layers: list[Linear] | None = None,
 ) -> StepWork:
     """The work of a step in the steady state.
 
-    `num_micro_steps` may exceed what the program plays (two are enough: all after the first are alike).
+    `num_micro_steps` may exceed what the program plays (two are enough: all after the first are alike). `layers` are
+    those of `linears`, where they are known: they do not depend on batch, length or checkpointing.
     """
-    layers = linears(program.weights, spec, config)
+    layers = linears(program.weights, spec, config) if layers is None else layers
     products = tuple(matmuls(layers, spec, config))
     quantised = _dequantisation(layers, config)
     micro, update = _counts(program)
@@ -114,7 +121,10 @@ def step_work(
         forward=replace(forward, written_bytes=max(0, forward.written_bytes - own[0])),
         backward=replace(backward, written_bytes=max(0, backward.written_bytes - own[1])),
         recomputed=recomputed,
-        num_adapters=sum(layer.count for layer in layers if layer.part == "adapter") // 2,
+        num_adapters=(
+            sum(layer.count for layer in layers if layer.part == "adapter") // 2
+            + sum(layer.count for layer in layers if layer.part == "delta")
+        ),
         num_checkpoints=spec.num_hidden_layers if config.gradient_checkpointing else 0,
         num_trained=len(trained),
         tile_bytes=_tile_bytes(spec, config),
