@@ -9,6 +9,7 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.model_spec import ModelSpec
 from memplan.ops.attention import operand, softmax
+from memplan.ops.autocast import low
 from memplan.ops.linear import bmm
 from memplan.ops.pointwise import (
     add,
@@ -86,11 +87,13 @@ def _softmax_in(x: Tensor, dtype: DType) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     copies = q.shape[0] > 1
+    k, q = low(k), low(q)  # autocast casts before torch.matmul copies
     return bmm(operand(q, copies), _for_all_heads(k, q.shape[1], copies), (*q.shape[:3], k.shape[2]))
 
 
 def _weighted(attention_probs: Tensor, v: Tensor) -> Tensor:
     copies = v.shape[0] > 1
+    v, attention_probs = low(v), low(attention_probs)
     shape = (*attention_probs.shape[:3], v.shape[3])
     output = bmm(attention_probs, _for_all_heads(v, shape[1], copies), shape)
     return copied_in_backward(output, shape) if copies else output

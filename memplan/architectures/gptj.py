@@ -14,8 +14,7 @@ from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
-from memplan.ops.attention import operand, softmax, weighted_values
-from memplan.ops.linear import bmm
+from memplan.ops.attention import matmul, softmax, weighted_values
 from memplan.ops.pointwise import add, cat_last, contiguous, dropout, mul, mul_number, neg, slice_last, to
 from memplan.ops.tensor import Machine, Tensor
 
@@ -96,7 +95,7 @@ class GPTJ(Decoder):
         query = to(query, DType.fp32)
         key = to(key, DType.fp32)
         scores_shape = (*query.shape[:3], key.shape[2])
-        attn_weights = bmm(operand(query, copies), operand(key, copies), scores_shape)
+        attn_weights = matmul(query, key, scores_shape, copies=(copies, copies))
         attn_weights = mul_number(attn_weights)
         if mask is not None:
             attn_weights = add(attn_weights, mask)

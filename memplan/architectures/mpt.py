@@ -16,8 +16,7 @@ from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Decoder, Layer, Norm
 from memplan.architectures.shared import Shared, causal_mask
 from memplan.dtypes import DType
-from memplan.ops.attention import operand, softmax, weighted_values
-from memplan.ops.linear import bmm
+from memplan.ops.attention import matmul, softmax, weighted_values
 from memplan.ops.pointwise import add, contiguous, dropout, mul_number, split_last, to
 from memplan.ops.rows import masked_fill
 from memplan.ops.tensor import Machine, Tensor
@@ -70,7 +69,7 @@ class Mpt(Decoder):
             query, key, value = self.heads(query, heads), self.heads(key, heads), self.heads(value, heads)
             copies = x.shape[0] > 1
             square = (*query.shape[:3], key.shape[2])
-            attention_scores = mul_number(bmm(operand(query, copies), operand(key, copies), square))
+            attention_scores = mul_number(matmul(query, key, square, copies=(copies, copies)))
             assert shared.alibi is not None and shared.mask is not None
             attention_scores = add(attention_scores, shared.alibi.view(*position_bias(shared.alibi, x.shape[1])))
             attention_scores = masked_fill(attention_scores, shared.mask)

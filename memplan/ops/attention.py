@@ -30,7 +30,7 @@ from memplan.ops.pointwise import (
     to,
 )
 from memplan.ops.sdpa_math import math_attention, softmax_backward
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import Shape, Tensor
 
 
 def split_heads(x: Tensor, num_heads: int, head_dim: int, *, copies: bool = False) -> Tensor:
@@ -74,13 +74,8 @@ def eager(
     value_states = repeat_kv(v, num_groups)
     scores_shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     copies = q.shape[0] > 1
-    attn_weights = mul_number(
-        bmm(
-            operand(q, copies and not by_heads),
-            operand(key_states, copies and not by_heads and num_groups == 1),
-            scores_shape,
-        )
-    )
+    copies_keys = copies and not by_heads and num_groups == 1
+    attn_weights = mul_number(matmul(q, key_states, scores_shape, copies=(copies and not by_heads, copies_keys)))
     if cap is not None:
         attn_weights = cap(attn_weights)
     if mask is not None:
@@ -101,8 +96,14 @@ def weighted_values(attn_weights: Tensor, value_states: Tensor, *, by_tokens: bo
     and so is the gradient in backward, which comes by tokens."""
     copies = value_states.shape[0] > 1
     shape = (*attn_weights.shape[:3], value_states.shape[3])
-    output = bmm(attn_weights, operand(value_states, copies and by_tokens), shape)
+    output = matmul(attn_weights, value_states, shape, copies=(False, copies and by_tokens))
     return copied_in_backward(output, shape) if copies else output
+
+
+def matmul(a: Tensor, b: Tensor, out_shape: Shape, *, copies: tuple[bool, bool]) -> Tensor:
+    """torch.matmul of factors by batch and head: autocast casts them, and those that `copies` names are copied."""
+    b, a = low(b), low(a)
+    return bmm(operand(a, copies[0]), operand(b, copies[1]), out_shape)
 
 
 def operand(x: Tensor, copies: bool) -> Tensor:

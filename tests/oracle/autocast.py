@@ -46,7 +46,7 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def _without_autocast() -> Any:
+def without_autocast() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
 
 
@@ -60,7 +60,7 @@ def _to_fp32(value: Any) -> Any:
 
 def _cast_inputs(op: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with _without_autocast():
+        with without_autocast():
             return op(*tree_map(_to_fp32, args), **tree_map(_to_fp32, kwargs))
 
     return kernel
@@ -70,7 +70,7 @@ def _set_dtype(op: Any) -> Callable[..., Any]:
     takes_position = [argument.name for argument in op._schema.arguments].index("dtype")
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with _without_autocast():
+        with without_autocast():
             given = args[takes_position] if len(args) > takes_position else kwargs.get("dtype")
             if _is_eligible(args[0]) and given is None:
                 args, kwargs = args[:takes_position], {**kwargs, "dtype": torch.float32}

@@ -34,13 +34,15 @@ def quantize(model: nn.Module, *, double_quant: bool, compute_dtype: torch.dtype
         bnb_4bit_compute_dtype=compute_dtype,
     )
     before = dict(model.named_modules())
+    replaced = 0
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
     for name, module in model.named_modules():
         if module is not before[name]:
+            replaced += 1
             if module.bias is not None:
                 module.bias = nn.Parameter(before[name].bias.data, requires_grad=False)
             module.weight = _packed(before[name].weight, module, double_quant)
-    if double_quant:
+    if double_quant and replaced:  # falcon's own linears are not
         # `name2qmap["dynamic"]`: quantize_blockwise keeps the code table it copied for each layer.
         model._bnb_dynamic_map = torch.empty(256, device="meta")
     model.is_loaded_in_4bit = True

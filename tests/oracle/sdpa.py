@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from tests.oracle.autocast import without_autocast
+
 aten = torch.ops.aten
 
 NUM_SMS = 132  # H100/H200 SXM: decides flash's split-KV
@@ -76,52 +78,67 @@ def make(first: str) -> Callable[..., torch.Tensor]:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if attn_mask is not None and attn_mask.dtype == torch.float32:
                 attn_mask = attn_mask.to(dtype)
-        kernel = choose(query, key, value, attn_mask, is_causal, enable_gqa, first)
-        if kernel == "math":
-            with _by_ops():
-                return aten._scaled_dot_product_attention_math(
-                    query,
-                    key,
-                    value,
-                    _additive(attn_mask, query),
-                    dropout_p,
-                    is_causal,
-                    None,
-                    scale=scale,
-                    enable_gqa=enable_gqa,
-                )[0]
-        if kernel == "cudnn":
-            return aten._scaled_dot_product_cudnn_attention(
+        with without_autocast():
+            return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, first)
+
+    return scaled_dot_product_attention
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    first: str,
+) -> torch.Tensor:
+    kernel = choose(query, key, value, attn_mask, is_causal, enable_gqa, first)
+    if kernel == "math":
+        with _by_ops():
+            return aten._scaled_dot_product_attention_math(
                 query,
                 key,
                 value,
                 _additive(attn_mask, query),
-                _any_grad(query, key, value),
                 dropout_p,
                 is_causal,
-                False,
+                None,
                 scale=scale,
+                enable_gqa=enable_gqa,
             )[0]
-        if kernel == "efficient":
-            return aten._scaled_dot_product_efficient_attention(
-                query,
-                key,
-                value,
-                _efficient_bias(attn_mask, query, key),
-                _any_grad(query, key, value),
-                dropout_p,
-                is_causal,
-                scale=scale,
-            )[0]
-        dim = query.shape[-1]
-        scale = 1 / math.sqrt(dim) if scale is None else scale
-        if dim % 8:
-            pad = (0, 8 - dim % 8)
-            query, key, value = (torch.nn.functional.pad(tensor, pad) for tensor in (query, key, value))
-        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-        return out[..., :dim] if dim % 8 else out
-
-    return scaled_dot_product_attention
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(
+            query,
+            key,
+            value,
+            _additive(attn_mask, query),
+            _any_grad(query, key, value),
+            dropout_p,
+            is_causal,
+            False,
+            scale=scale,
+        )[0]
+    if kernel == "efficient":
+        return aten._scaled_dot_product_efficient_attention(
+            query,
+            key,
+            value,
+            _efficient_bias(attn_mask, query, key),
+            _any_grad(query, key, value),
+            dropout_p,
+            is_causal,
+            scale=scale,
+        )[0]
+    dim = query.shape[-1]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    if dim % 8:
+        pad = (0, 8 - dim % 8)
+        query, key, value = (torch.nn.functional.pad(tensor, pad) for tensor in (query, key, value))
+    out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    return out[..., :dim] if dim % 8 else out
 
 
 _is_math = ContextVar("is_math", default=False)
