@@ -17,7 +17,8 @@ from memplan.gpus import GpuSpec
 from memplan.model_spec import ModelSpec
 from memplan.prices import Kind, Price, cheapest, load_prices, prices
 from memplan.timing.model import StepTime, step_time
-from memplan.timing.roofline import Fit, shipped
+from memplan.timing.profile import fit_for
+from memplan.timing.roofline import Fit
 from memplan.train_config import TrainConfig
 
 PriceSource = Iterable[Price] | str | PathLike[str]
@@ -248,7 +249,7 @@ def cost_of(estimate: Estimate, time: StepTime, amount: Amount, price: Price | N
     gpu, config = estimate.gpu, estimate.config
     assert gpu is not None
     hours = time.step_seconds * amount.num_steps / 3600
-    fit = shipped()
+    fit = fit_for(gpu)
     interval, interval_note = bounds(hours, time, gpu, fit)
     hourly = None if price is None else price.usd_per_gpu_hour
     fits = estimate.process_bytes <= gpu.memory_bytes

@@ -112,6 +112,7 @@ class CandidateReport(_Row):
     process_bytes: int
     memory_bytes: int
     fits: bool
+    measured_on_this_gpu: bool
     config: dict[str, Any]
 
     @classmethod

@@ -268,10 +268,9 @@ def _beaten(c: Candidate, front: list[Candidate]) -> str:
 def _assumptions(front: list[Candidate]) -> Iterator[str]:
     yield "one GPU a run; every row of tokens is full; loading, evaluation and saving are not counted"
     yield "methods do not learn alike: dollars and hours say nothing of the quality reached"
-    fit = shipped()
-    unmeasured = sorted({c.gpu for c in front if c.gpu != fit.gpu})
+    unmeasured = sorted({c.gpu for c in front if not c.measured_on_this_gpu})
     if unmeasured:
-        yield f"never measured on {', '.join(unmeasured)}: scaled from the {fit.gpu} by peaks and bandwidth"
+        yield f"never measured on {', '.join(unmeasured)}: scaled from the {shipped().gpu} by peaks and bandwidth"
     for age, who in sorted({(c.price.age(), c.price.provider) for c in front if c.price is not None}):
         yield f"price of {who}: {age}"
 

@@ -28,7 +28,8 @@ from memplan.ops.device import Device
 from memplan.prices import Price
 from memplan.timing.layers import Linear, linears
 from memplan.timing.model import StepTime, half_dtype, time_of
-from memplan.timing.roofline import roofline, shipped
+from memplan.timing.profile import fit_for
+from memplan.timing.roofline import roofline
 from memplan.timing.work import StepWork, step_work
 from memplan.train_config import Method, TrainConfig
 from memplan.units import gib
@@ -54,6 +55,7 @@ class Candidate:
     bound_by: str
     fits: bool
     """It was played and fits; otherwise all that is known is that nothing better fits."""
+    measured_on_this_gpu: bool
 
     @property
     def method(self) -> Method:
@@ -106,6 +108,7 @@ class Search:
     ) -> None:
         self.spec, self.runs, self.num_tokens = spec, runs, num_tokens
         self.num_configurations = self.num_played = 0
+        self.fits = {card.name: fit_for(card) for card in cards}
         self.runtimes = {card.name: runtime_for(card) for card in cards}
         by_workspace = sorted(cards, key=lambda card: (-self.runtimes[card.name].workspace_bytes, card.name))
         self._smallest = {_device(card): card for card in by_workspace}
@@ -118,7 +121,7 @@ class Search:
         lane = Lane(card, method, price)
         self.num_configurations += len(self.runs[method])
         try:
-            roofline(card, half_dtype(self.runs[method][0]), shipped().constants)
+            roofline(card, half_dtype(self.runs[method][0]), self.fits[card.name].constants)
         except MemplanError as error:
             lane.why_none = error.message
             return lane
@@ -127,7 +130,7 @@ class Search:
             needed = counted.least_bytes(card)
             least = min(least or needed, needed)
             if needed <= card.memory_bytes:
-                time = time_of(counted.work, counted.config, card, shipped().constants)
+                time = time_of(counted.work, counted.config, card, self.fits[card.name].constants)
                 lane.runs.append((self._hours(time, counted.config), time, counted))
         lane.runs.sort(key=lambda run: run[0])
         lane.why_none = f"does not fit: at least {gib(least)}, {gib(card.memory_bytes)} there"
@@ -162,7 +165,7 @@ class Search:
         if lane.runs:
             hours, time, counted = lane.runs[0]
             needed = counted.least_bytes(lane.card)
-            lane.candidate = _candidate(lane, counted.config, hours, time, needed)
+            lane.candidate = self._candidate(lane, counted.config, hours, time, needed)
 
     def settle(self, lanes: Iterable[Lane]) -> None:
         """Plays the candidates of `lanes`; one that does not fit gives way to the next of its lane."""
@@ -189,25 +192,28 @@ class Search:
             self._played[key] = Estimate(self.spec, config, card)
         return self._played[key]
 
+    def _candidate(
+        self, lane: Lane, config: TrainConfig, hours: float, time: StepTime, process_bytes: int
+    ) -> Candidate:
+        fit = self.fits[lane.card.name]
+        interval, _ = bounds(hours, time, lane.card, fit)
+        return Candidate(
+            gpu=lane.card.name,
+            config=config,
+            hours=hours,
+            interval=interval,
+            dollars=None if lane.price is None else hours * lane.price.usd_per_gpu_hour,
+            price=lane.price,
+            process_bytes=process_bytes,
+            memory_bytes=lane.card.memory_bytes,
+            tokens_per_second=time.tokens_per_second,
+            mfu=time.mfu,
+            bound_by=time.bound_by,
+            fits=False,
+            measured_on_this_gpu=fit.gpu == lane.card.name,
+        )
+
 
 def _device(card: GpuSpec) -> Device:
     """How kernels use memory on `card`, without the name."""
     return replace(device_for(card), name="")
-
-
-def _candidate(lane: Lane, config: TrainConfig, hours: float, time: StepTime, process_bytes: int) -> Candidate:
-    interval, _ = bounds(hours, time, lane.card, shipped())
-    return Candidate(
-        gpu=lane.card.name,
-        config=config,
-        hours=hours,
-        interval=interval,
-        dollars=None if lane.price is None else hours * lane.price.usd_per_gpu_hour,
-        price=lane.price,
-        process_bytes=process_bytes,
-        memory_bytes=lane.card.memory_bytes,
-        tokens_per_second=time.tokens_per_second,
-        mfu=time.mfu,
-        bound_by=time.bound_by,
-        fits=False,
-    )

@@ -12,15 +12,18 @@ import pytest
 import memplan
 from memplan import gpus
 from memplan.architectures import FAMILIES
-from memplan.calibration.record import Case, Record, dump_line
+from memplan.calibration.record import Case, Environment, Record, RecordFile, dump_line, read_records
 from memplan.dtypes import DType
+from memplan.gpus import GpuSpec
 from memplan.memory.optimizers import OPTIMIZERS
 from memplan.model_spec import ModelSpec
 from memplan.timing import fit as fitting
 from memplan.timing.flops import Matmul, attentions, matmuls
 from memplan.timing.layers import linears
 from memplan.timing.model import LAUNCHES, step_time
+from memplan.timing.profile import fit_for, learn, save
 from memplan.timing.roofline import Constants, roofline, shipped
+from memplan.timing.rows import clean_steps, load_rows
 from memplan.timing.update import PASSES
 from memplan.timing.work import step_work
 from memplan.train_config import TrainConfig
@@ -212,8 +215,8 @@ def test_shipped_constants_are_plausible_and_say_where_they_come_from() -> None:
     assert {"rows", "median", "p90", "bias"} <= set(fit.held_out)
 
 
-def write_records(path: Path, constants: Constants) -> int:
-    """A measurement file of steps that take exactly what `constants` say; returns its number of runs."""
+def write_records(path: Path, constants: Constants, card: GpuSpec = H200) -> int:
+    """A measurement file of steps on `card` that take exactly what `constants` say; returns its number of runs."""
     lines = []
     config = {"model_type": "llama", "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 8000}
     for width in (512, 1024, 2048):
@@ -225,7 +228,7 @@ def write_records(path: Path, constants: Constants) -> int:
                     config={"method": method, "stack": "torch", "seq_len": tokens, "micro_batch_size": 4},
                 )
                 estimate = memplan.estimate(ModelSpec.from_hf_config(case.hf_config), case.train_config())
-                seconds = step_time(estimate, H200, constants).step_seconds
+                seconds = step_time(estimate, card, constants).step_seconds
                 lines.append(dump_line(Record(case=case, status="ok", step_seconds=(9.0, seconds * 1.2, seconds))))
     path.write_text("\n".join(lines), encoding="utf-8")
     return len(lines)
@@ -234,12 +237,13 @@ def write_records(path: Path, constants: Constants) -> int:
 def test_a_fit_recovers_the_constants_that_made_its_rows(tmp_path: Path) -> None:
     truth = dataclasses.replace(Constants(), launch_forward=40e-6, traffic=3.2, matmul=0.6, per_step=6e-3)
     number = write_records(tmp_path / "made.jsonl", truth)
-    rows, left_out = fitting.load_rows([tmp_path / "made.jsonl"], seed=0, held_out=0.3)
+    rows, left_out = load_rows([tmp_path / "made.jsonl"], seed=0)
     assert (len(rows), left_out) == (number, {})
-    assert 0 < sum(row.held_out for row in rows) < number
+    train, test = [row for row in rows if row.place >= 0.4], [row for row in rows if row.place < 0.4]
+    assert train
+    assert test
     before = fitting.score(rows, H200, Constants())["all"]
-    found = fitting.fit([row for row in rows if not row.held_out], H200)
-    after = fitting.score([row for row in rows if row.held_out], H200, found)["all"]
+    after = fitting.score(test, H200, fitting.fit(train, H200))["all"]
     assert before["median"] > 0.1
     assert after["median"] < 0.04
     assert abs(after["bias"]) < 0.04
@@ -249,8 +253,45 @@ def test_the_split_is_by_run_and_seed(tmp_path: Path) -> None:
     write_records(tmp_path / "a.jsonl", Constants())
     text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(text.replace('"id": "w', '"id": "again-w'), encoding="utf-8")
-    rows, _ = fitting.load_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], seed=0, held_out=0.4)
-    held = {row.id.removeprefix("again-"): row.held_out for row in rows}
-    assert all(held[row.id.removeprefix("again-")] == row.held_out for row in rows)
-    other, _ = fitting.load_rows([tmp_path / "a.jsonl"], seed=1, held_out=0.4)
-    assert [row.held_out for row in other] != [row.held_out for row in rows[: len(other)]]
+    rows, _ = load_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], seed=0)
+    places = {row.id.removeprefix("again-"): row.place for row in rows}
+    assert all(places[row.id.removeprefix("again-")] == row.place for row in rows)
+    assert len(set(places.values())) > len(places) / 2
+    other, _ = load_rows([tmp_path / "a.jsonl"], seed=1)
+    assert [row.place for row in other] != [row.place for row in rows[: len(other)]]
+
+
+def test_only_clean_steps_count() -> None:
+    case = Case(id="x", hf_config={"model_type": "llama"}, config={"method": "lora"}, snapshot=True)
+    record = Record(case=case, status="ok", step_seconds=(9.0, 2.0, 3.0))
+    assert clean_steps(record) == [3.0]  # the second was traced
+    assert clean_steps(record.model_copy(update={"case": case.model_copy(update={"snapshot": False})})) == [2.0, 3.0]
+    assert clean_steps(record.model_copy(update={"case": case.model_copy(update={"snapshot_step": 0})})) == []
+
+
+def test_a_calibration_of_ones_own_card_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPLAN_PROFILES", str(tmp_path / "profiles"))
+    card = gpus.get("rtx-4090")
+    run = memplan.estimate("qwen3-0.6b", method="lora", micro_batch_size=4)
+    before = step_time(run, card).step_seconds
+    slow = dataclasses.replace(shipped().constants, launch_forward=90e-6, traffic=6.0)
+    write_records(tmp_path / "own.jsonl", slow, card)
+    header = Environment(gpu="NVIDIA GeForce RTX 4090", gpu_total_bytes=card.memory_bytes, date="2026-11-22")
+    records = read_records(tmp_path / "own.jsonl").records
+    learnt = learn(RecordFile(environment=header, records=records))
+    assert learnt is not None
+    assert learnt.gpu == "rtx-4090"
+    assert learnt.held_out["median"] < 0.1
+    path = save(learnt, header.gpu)
+    assert path.parent == tmp_path / "profiles"
+    assert fit_for(card) == learnt
+    assert fit_for(H200) == shipped()
+    after = step_time(run, card).step_seconds
+    truth = step_time(run, card, slow).step_seconds
+    assert abs(after / truth - 1) < abs(before / truth - 1)
+    told = memplan.cost("qwen3-0.6b", gpu="rtx-4090", num_tokens=10**6, price=1.0, method="lora")
+    assert told.measured_on_this_gpu
+    assert learn(RecordFile(environment=header, records=records[:3])) is None
+    path.write_text('{"constants": {"matmul": -1}}', encoding="utf-8")
+    with pytest.raises(memplan.MemplanError, match="cannot be read"):
+        fit_for(card)

@@ -11,26 +11,19 @@ one by 1 % (7B runs measured twice on H200s).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from memplan import gpus
-from memplan.calibration.record import Record, read_records
-from memplan.errors import MemplanError
-from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
-from memplan.model_spec import ModelSpec
-from memplan.timing.model import LAUNCHES, StepTime, time_of
+from memplan.timing.model import LAUNCHES
 from memplan.timing.roofline import Constants
-from memplan.timing.work import StepWork, step_work
-from memplan.train_config import TrainConfig
+from memplan.timing.rows import Row, load_rows
 
 HUBER = 0.15
 NOISE = 0.1
@@ -42,77 +35,40 @@ NAMES = tuple(field.name for field in dataclasses.fields(Constants))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured run and its counted work."""
-
-    id: str
-    file: str
-    config: TrainConfig
-    work: StepWork
-    seconds: float
-    """The fastest of its clean steps."""
-    held_out: bool
-
-    def predict(self, gpu: GpuSpec, constants: Constants) -> StepTime:
-        return time_of(self.work, self.config, gpu, constants)
-
-
-def load_rows(paths: Iterable[Path], *, seed: int, held_out: float) -> tuple[list[Row], dict[str, int]]:
-    """Rows of all finished runs with a step to go by, and how many were left out, by reason."""
-    rows: list[Row] = []
-    left_out: dict[str, int] = {}
-    for path in paths:
-        for record in read_records(path).records:
-            if record.status != "ok" or not clean_steps(record):
-                reason = "no step that is neither the first nor traced" if record.status == "ok" else record.status
-                left_out[reason] = left_out.get(reason, 0) + 1
-                continue
-            try:
-                rows.append(_row(record, path.stem, seed, held_out))
-            except MemplanError as error:
-                left_out[error.message] = left_out.get(error.message, 0) + 1
-    return rows, left_out
-
-
-def clean_steps(record: Record) -> list[float]:
-    """Seconds of the steps that tell how fast the run is: not the first, which pays for compilation, allocation and the
-    making of optimizer states, and not one during which allocations were traced."""
-    traced = record.case.snapshot_step if record.case.snapshot else None
-    if traced == 0:
-        return []
-    return [s for number, s in enumerate(record.step_seconds, 1) if number > 1 and number != traced]
-
-
-def _row(record: Record, file: str, seed: int, held_out: float) -> Row:
-    config = record.case.train_config()
-    model = ModelSpec.from_hf_config(record.case.hf_config)
-    estimate = Estimate(model, config, None)
-    work = step_work(estimate.program, model, config)
-    run = json.dumps([record.case.hf_config, config.model_dump(mode="json")], sort_keys=True)
-    digest = hashlib.sha256(f"{seed}:{run}".encode()).digest()
-    return Row(record.case.id, file, config, work, min(clean_steps(record)), digest[0] < 256 * held_out)
-
-
-def fit(rows: Sequence[Row], gpu: GpuSpec) -> Constants:
+def fit(rows: Sequence[Row], gpu: GpuSpec, *, start: Constants | None = None) -> Constants:
     """The constants under which `rows` come out best; which rows are launch-bound is judged by a first fit."""
-    constants = Constants()
+    begin = constants = start or Constants()
     for _ in range(2):
-        constants = _fit(rows, gpu, [_weight(row, gpu, constants) for row in rows])
+        constants = _fit(rows, gpu, begin, [_weight(row, gpu, constants) for row in rows])
     return constants
+
+
+def cross_validate(
+    rows: Sequence[Row], gpu: GpuSpec, *, start: Constants | None = None, num_folds: int = 4
+) -> dict[str, float]:
+    """Errors of all rows, each predicted by constants that were fitted without its fold."""
+    errors: list[float] = []
+    for fold in range(num_folds):
+        inside = [int(row.place * num_folds) == fold for row in rows]
+        constants = fit([row for row, out in zip(rows, inside, strict=True) if not out], gpu, start=start)
+        left = [row for row, out in zip(rows, inside, strict=True) if out]
+        errors += [row.predict(gpu, constants).step_seconds / row.seconds - 1 for row in left]
+    return _summary(errors)
 
 
 def _weight(row: Row, gpu: GpuSpec, constants: Constants) -> float:
     return LAUNCH_BOUND_WEIGHT if row.predict(gpu, constants).bound_by == LAUNCHES else 1.0
 
 
-def _fit(rows: Sequence[Row], gpu: GpuSpec, row_weights: Sequence[float], *, num_rounds: int = 40) -> Constants:
+def _fit(
+    rows: Sequence[Row], gpu: GpuSpec, start: Constants, row_weights: Sequence[float], *, num_rounds: int = 40
+) -> Constants:
     import numpy as np
 
     trust = np.array(row_weights)
     prior = np.array([(NOISE / WIDTHS.get(name, 1.0)) ** 2 for name in NAMES])
 
-    first = np.log(np.array([getattr(Constants(), name) for name in NAMES]))
+    first = np.log(np.array([getattr(start, name) for name in NAMES]))
     at, damping = first.copy(), 1e-2
 
     def residuals(point: Any) -> Any:
@@ -194,17 +150,17 @@ def main(
 ) -> None:
     """Fit on some of the measured runs, score on the others."""
     card = gpus.get(gpu)
-    rows, left_out = load_rows(records, seed=seed, held_out=held_out)
-    train, test = [r for r in rows if not r.held_out], [r for r in rows if r.held_out]
+    rows, left_out = load_rows(records, seed=seed)
+    train, test = [r for r in rows if r.place >= held_out], [r for r in rows if r.place < held_out]
     constants = fit(train, card)
     scores = {"fitted": score(train, card, constants), "held_out": score(test, card, constants)}
     for reason, count in sorted(left_out.items()):
         print(f"left out {count}: {reason}")
     if verbose:
-        for row in sorted(rows, key=lambda row: (row.held_out, row.id)):
+        for row in sorted(rows, key=lambda row: (row.place < held_out, row.id)):
             time = row.predict(card, constants)
             print(
-                f"{'test ' if row.held_out else 'train'} {row.id:32s} {row.seconds * 1e3:9.1f} ms"
+                f"{'test ' if row.place < held_out else 'train'} {row.id:32s} {row.seconds * 1e3:9.1f} ms"
                 f" predicted {time.step_seconds * 1e3:9.1f} {time.step_seconds / row.seconds - 1:+7.1%}"
                 f" host {time.host_seconds * 1e3:8.1f} device {sum(time.device_seconds.values()) * 1e3:8.1f}"
                 f" {time.bound_by}"

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
-from memplan.timing.roofline import Constants, Roofline, roofline, shipped
+from memplan.timing.profile import fit_for
+from memplan.timing.roofline import Constants, Roofline, roofline
 from memplan.timing.update import PASSES
 from memplan.timing.work import StepWork, step_work
 from memplan.train_config import TrainConfig
@@ -69,7 +70,7 @@ def step_time(
         MemplanError: the GPU's peaks are not known, or it cannot multiply in the run's dtype.
     """
     work = step_work(estimate.program, estimate.model, estimate.config, num_micro_steps=num_micro_steps)
-    return time_of(work, estimate.config, gpu, constants or shipped().constants)
+    return time_of(work, estimate.config, gpu, constants or fit_for(gpu).constants)
 
 
 def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Constants) -> StepTime:

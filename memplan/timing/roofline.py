@@ -11,7 +11,6 @@ The constants are measured (`data/timing_h200.json`), the peaks those of the GPU
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -96,10 +95,6 @@ def shipped() -> Fit:
 def read_fit(body: dict[str, Any]) -> Fit:
     """A fit as `memplan.timing.fit` writes it."""
     return Fit(body["gpu"], Constants(**body["constants"]), body["source"], body["held_out"]["all"])
-
-
-def fit_body(fit: Fit) -> dict[str, Any]:
-    return {"gpu": fit.gpu, "constants": dataclasses.asdict(fit.constants), "source": fit.source}
 
 
 @dataclass(frozen=True, slots=True)
