@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import warnings
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,24 @@ def test_shipped_constants_are_plausible_and_say_where_they_come_from() -> None:
     for name in ("matmul", "matmul_fp32", "flash", "efficient", "attention_fp32", "stream", "dequantise", "blockwise"):
         assert values[name] <= 1.05, name  # shares of a peak; a datasheet's can be passed by a little
     assert {"rows", "median", "p90", "bias"} <= set(fit.held_out)
+
+
+def test_real_models_take_about_as_long_as_predicted() -> None:
+    """The shipped constants over the measured runs of published models; the data file tells the errors held out."""
+    told = json.loads(files("memplan").joinpath("data/timing_h200.json").read_text(encoding="utf-8"))
+    shipped_records = Path(str(files("memplan").joinpath("calibration/records")))
+    rows, _ = load_rows([shipped_records / "h200-real.jsonl"], seed=0)
+    constants = shipped().constants
+    found = fitting.score([row for row in rows if row.place < 0.4], H200, constants)["h200-real"]
+    assert found == pytest.approx(told["held_out"]["h200-real"], abs=0.02)
+    everything = fitting.score(rows, H200, constants)["all"]
+    assert everything["rows"] >= 20
+    assert everything["median"] <= 0.10
+    assert everything["p90"] <= 0.25
+    assert abs(everything["bias"]) <= 0.05
+    held_out = told["held_out"]["all"]
+    assert held_out["p90"] <= 0.25
+    assert abs(held_out["bias"]) <= 0.05
 
 
 def write_records(path: Path, constants: Constants, card: GpuSpec = H200) -> int:
