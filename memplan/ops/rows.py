@@ -154,7 +154,7 @@ def sum_last(x: Tensor) -> Tensor:
     """x.sum(-1, keepdim=True); the gradient comes back as an expanded view."""
     m = x.machine
     node = record(m, _expand_view, (x,), meta=x.shape)
-    return result_of(node, m, (*x.shape[:-1], 1), x.dtype)
+    return result_of(node, m, (*x.shape[:-1], 1), _dtype_of_sum(x))
 
 
 def _expand_view(node: Node, grads: GradList) -> Grads:
@@ -165,8 +165,14 @@ def _expand_view(node: Node, grads: GradList) -> Grads:
 def sum_groups(x: Tensor, num_groups: int) -> Tensor:
     """x.view(num_groups, -1, width).sum(1) of x [rows, width]; the expanded gradient is copied into [rows, width]."""
     m = x.machine
-    node = record(m, _repeat_backward, (x,), meta=x.shape)
-    return result_of(node, m, (num_groups, x.shape[-1]), x.dtype)
+    dtype = _dtype_of_sum(x)
+    node = record(m, _repeat_backward if dtype is x.dtype else _expand_view, (x,), meta=x.shape)
+    return result_of(node, m, (num_groups, x.shape[-1]), dtype)
+
+
+def _dtype_of_sum(x: Tensor) -> DType:
+    """fp32 under autocast; the kernel reads half precision itself, and the engine casts the expanded gradient back."""
+    return DType.fp32 if x.machine.autocast and x.dtype.is_half else x.dtype
 
 
 def _repeat_backward(node: Node, grads: GradList) -> Grads:

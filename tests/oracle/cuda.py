@@ -222,6 +222,12 @@ def _to(tracker: Tracker, real: Callable[..., torch.Tensor]) -> Callable[..., to
     return to
 
 
+def _delta_weight(self: Any, adapter: str) -> torch.Tensor:
+    """PEFT's `Linear.get_delta_weight` without the casts to fp32 that it makes on a CPU alone (routers' adapters)."""
+    product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+    return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
+
+
 @contextmanager
 def emulated(tracker: Tracker, sdpa_first: str) -> Iterator[None]:
     """Everything above that is not a table of the tracker, as long as the context lasts."""
@@ -232,6 +238,7 @@ def emulated(tracker: Tracker, sdpa_first: str) -> Iterator[None]:
         "torch.Tensor.to": _to(tracker, torch.Tensor.to),
         "torch.nn.functional.dropout": _dropout(functional.dropout),
         "torch.nn.functional.softmax": _softmax(functional.softmax),
+        "peft.tuners.lora.layer.Linear.get_delta_weight": _delta_weight,
         # PEFT and others ask without naming a device, which means CUDA.
         "torch.is_autocast_enabled": lambda device_type="cpu": real_autocast(device_type),
         # transformers takes fake tensors for a compilation and would skip every check of a mask's values.
