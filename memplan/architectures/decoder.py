@@ -112,7 +112,7 @@ class Decoder:
 
     def warnings(self) -> list[str]:
         """What the user should know of this model and run, one sentence each."""
-        return run_warnings(self.spec, self.config)
+        return run_warnings(self.spec, self.config, self.attention_implementation)
 
     # What all share
 

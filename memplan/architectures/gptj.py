@@ -58,7 +58,7 @@ class GPTJ(Decoder):
         q_proj = build.linear("attn.q_proj", hidden, hidden)
         out_proj = build.linear("attn.out_proj", hidden, hidden)
         assert spec.max_position_embeddings is not None
-        width = spec.rotary_dim or hidden
+        width = spec.rotary_dim or head_dim
         table = (spec.max_position_embeddings, width)
         build.buffer("attn.embed_positions", table, DType.fp32)
 
@@ -69,16 +69,12 @@ class GPTJ(Decoder):
             value = self.heads(value, heads)
             _embed_positions, _repeated_ids, sincos = sines_and_cosines(x.machine, table, x.shape[1], key.dtype)
             sin, cos = slice_last(sincos, width // 2), slice_last(sincos, width // 2)
-            if spec.rotary_dim is not None:
-                k_rot, k_pass = slice_last(key, width), slice_last(key, head_dim - width)
-                q_rot, q_pass = slice_last(query, width), slice_last(query, head_dim - width)
-                k_rot = apply_rotary_to_pairs(k_rot, sin, cos)
-                q_rot = apply_rotary_to_pairs(q_rot, sin, cos)
-                key = cat_last([k_rot, k_pass])
-                query = cat_last([q_rot, q_pass])
-            else:
-                key = apply_rotary_to_pairs(key, sin, cos)
-                query = apply_rotary_to_pairs(query, sin, cos)
+            k_rot, k_pass = slice_last(key, width), slice_last(key, head_dim - width)
+            q_rot, q_pass = slice_last(query, width), slice_last(query, head_dim - width)
+            k_rot = apply_rotary_to_pairs(k_rot, sin, cos)
+            q_rot = apply_rotary_to_pairs(q_rot, sin, cos)
+            key = cat_last([k_rot, k_pass])
+            query = cat_last([q_rot, q_pass])
             by_head = (x.shape[0], heads, x.shape[1], head_dim)
             key, query = key.view(*by_head), query.view(*by_head)
             attn_output, attn_weights = self.attend(query, key, value, shared.mask)

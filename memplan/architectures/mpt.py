@@ -17,6 +17,7 @@ from memplan.architectures.decoder import Attention, Decoder, Layer, Norm
 from memplan.architectures.shared import Shared, causal_mask
 from memplan.dtypes import DType
 from memplan.ops.attention import matmul, softmax, weighted_values
+from memplan.ops.clamp import clamp
 from memplan.ops.pointwise import add, contiguous, dropout, mul_number, split_last, to
 from memplan.ops.rows import masked_fill
 from memplan.ops.tensor import Machine, Tensor
@@ -65,6 +66,8 @@ class Mpt(Decoder):
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             mixed_qkv = qkv_proj(x)
+            if spec.clip_qkv is not None:
+                mixed_qkv = clamp(mixed_qkv, num_bounds=2)
             query, key, value = split_last(mixed_qkv, hidden, hidden, hidden)
             query, key, value = self.heads(query, heads), self.heads(key, heads), self.heads(value, heads)
             copies = x.shape[0] > 1

@@ -1,4 +1,5 @@
-"""What the user of any decoder should know of a run: positions beyond the model's, what int8 keeps in 16 bits."""
+"""What the user of any decoder should know of a run: positions beyond the model's, attention that its family lacks,
+what int8 keeps in 16 bits."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 
 
-def run_warnings(spec: ModelSpec, config: TrainConfig) -> list[str]:
-    """One sentence each."""
-    return [*_positions(spec, config), *_outliers(config)]
+def run_warnings(spec: ModelSpec, config: TrainConfig, attention: str) -> list[str]:
+    """One sentence each; `attention` is what runs, whatever the config asks for."""
+    return [*_positions(spec, config), *_attention(spec, config, attention), *_outliers(config)]
 
 
 def _positions(spec: ModelSpec, config: TrainConfig) -> list[str]:
@@ -18,6 +19,15 @@ def _positions(spec: ModelSpec, config: TrainConfig) -> list[str]:
     return [
         f"`seq_len` {config.seq_len:,} is beyond the {positions:,} positions of the model (`max_position_embeddings`): "
         "models with learned positions cannot run it, others were not trained for it"
+    ]
+
+
+def _attention(spec: ModelSpec, config: TrainConfig, attention: str) -> list[str]:
+    if attention == config.attention:
+        return []
+    return [
+        f"transformers has no {config.attention} attention for `{spec.model_type}`: {attention} runs in its place, "
+        "which keeps the probabilities [batch, heads, tokens, tokens] of each layer"
     ]
 
 

@@ -64,10 +64,7 @@ class StableLm(Llama):
         k_norm = self.head_norm(build, "self_attn.k_layernorm", spec.num_key_value_heads) if spec.qk_norm else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            q, k, v = q_proj(x), k_proj(x), v_proj(x)
-            q = self.heads(q, spec.num_attention_heads, rotated=True)
-            k = self.heads(k, spec.num_key_value_heads, rotated=True)
-            v = self.heads(v, spec.num_key_value_heads)
+            q, k, v = self.seen_by_heads(x, q_proj, k_proj, v_proj)
             if q_norm is not None and k_norm is not None:
                 q = q_norm(q)
                 k = k_norm(k)
@@ -85,6 +82,13 @@ class StableLm(Llama):
             return attn_output, attn_weights
 
         return forward
+
+    def seen_by_heads(self, x: Tensor, q_proj: Layer, k_proj: Layer, v_proj: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """All are projected first, then all viewed: backward takes the views in turn before the products."""
+        heads, kv_heads = self.spec.num_attention_heads, self.spec.num_key_value_heads
+        q, k, v = q_proj(x), k_proj(x), v_proj(x)
+        q, k = self.heads(q, heads, rotated=True), self.heads(k, kv_heads, rotated=True)
+        return q, k, self.heads(v, kv_heads)
 
     def head_norm(self, build: Builder, name: str, num_heads: int) -> Norm:
         """Each head is normed apart, by its own LayerNorm, and all are concatenated (`StableLmLayerNormPerHead`)."""

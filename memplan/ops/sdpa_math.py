@@ -27,10 +27,13 @@ from memplan.ops.pointwise import (
 from memplan.ops.tensor import Tensor
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_groups: int) -> Tensor:
+def math_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_groups: int, *, by_heads: bool = False
+) -> Tensor:
     """q [B, N, S, H], k and v [B, K, S, H]: [B, S, N, H] after the copy that puts tokens first.
 
-    A batch of one needs no copies for its products: heads that lie by tokens are seen as [N, S, H].
+    A batch of one needs no copies for its products: heads that lie by tokens are seen as [N, S, H]; nor do q and k that
+    lie by heads.
     """
     m = q.machine
     batch, heads, tokens, _ = q.shape
@@ -48,8 +51,8 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_gro
         shape = (batch, heads, tokens, k.shape[-1])
         k, v = expand_copy(k, shape), expand_copy(v, (*shape[:3], v.shape[-1]))
     scaled_k = mul_number(k)
-    query = contiguous(q) if copies else q
-    keys = contiguous(scaled_k) if copies and num_groups == 1 else scaled_k
+    query = contiguous(q) if copies and not by_heads else q
+    keys = contiguous(scaled_k) if copies and num_groups == 1 and not by_heads else scaled_k
     scores = bmm(query, keys, (batch, heads, tokens, tokens))
     del query, keys, scaled_k
     probabilities = safe_softmax(add_in_place(scores, mask))
