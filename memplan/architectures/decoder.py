@@ -223,6 +223,13 @@ class Decoder:
             raise UnknownNameError("activation", name, ACTIVATIONS)
         return ACTIVATIONS[name]
 
+    def dtype_of_token_embeddings(self, hidden: DType) -> DType:
+        """What masks are made in: `hidden`, unless a copy of the embedding is trained in another dtype and something wider
+        (positions) is added to what it gives."""
+        config = self.config
+        saved = config.trains_adapters and any(self.embedding_name.endswith(m) for m in config.modules_to_save)
+        return DType[config.adapter_dtype] if saved and config.adapter_dtype != "fp32" else hidden
+
     def shared_dtype(self, hidden: DType) -> DType:
         """dtype of the rotary tables: that of the hidden states."""
         return hidden

@@ -138,7 +138,9 @@ def causal_mask(
         del joined, padding_mask
     ranges.clear()
     # `expand` gives an unpadded mask the batch dimension without a copy
-    return m.empty((batch, 1, tokens, tokens), dtype) if eager else mask.view(batch, 1, tokens, tokens)
+    if not eager:
+        return mask.view(batch, 1, tokens, tokens)
+    return m.empty((batch, 1, tokens, tokens), decoder.dtype_of_token_embeddings(dtype))
 
 
 def _all_true(m: Machine, batch: int, tokens: int) -> None:
