@@ -284,7 +284,10 @@ class Tracker(TorchDispatchMode):
         found = ""
         while frame is not None:
             if frame.f_code.co_name == "forward":
-                name = self.module_names.get(id(frame.f_locals.get("self")))
+                local = frame.f_locals
+                name = self.module_names.get(id(local.get("self")))
+                if isinstance(local, dict):  # before Python 3.13 a copy, which would keep what the function lets go of
+                    local.clear()
                 if name is not None:
                     found = name
                     break
