@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from memplan.report import GpuReport, Report, RunReport, Row, run_fields
+from memplan.report import GpuReport, Report, Row, RunReport, run_fields
 
 if TYPE_CHECKING:
     from memplan.fit import FitReport, Suggestion

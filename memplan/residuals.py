@@ -1,6 +1,7 @@
 """How far measured runs have gone beyond their predictions: the band inside which `fit` does not say yes.
 
-`data/residuals.json` is what `measured_excess` finds over the shipped records, never taste; a test recomputes it.
+`data/residuals.json` is what `measured_excess` found over the shipped records before the last corrections, which those
+same runs led to: narrowed after each, the band would know only runs already explained. A test holds it against them.
 Small runs exceed by whole segments of the allocator (2 to 20 MiB), larger ones by a share of what they take. An int8
 base stands apart: LLM.int8 keeps every column that holds an activation over 6 in 16 bits, which is data.
 """

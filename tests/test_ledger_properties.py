@@ -93,6 +93,8 @@ def test_longer_sequences_take_no_less(spec: ModelSpec, fields: dict[str, Any], 
 @quick
 @given(spec=specs(), fields=runs(method="lora") | runs(method="qlora"), more=st.integers(1, 64))
 def test_a_higher_rank_takes_no_less(spec: ModelSpec, fields: dict[str, Any], more: int) -> None:
+    """But for 8-bit optimizers: a matrix that reaches 4096 elements has its states in 8 bits instead of 32."""
+    assume(not fields["optimizer"].endswith("8bit"))
     higher = fields["rank"] + more
     assert tensor_bytes(spec, fields) <= tensor_bytes(spec, fields, rank=higher)
     small, large = estimate(spec, **fields), estimate(spec, **{**fields, "rank": higher})

@@ -51,9 +51,14 @@ def excesses(
     return found
 
 
-def test_the_band_is_what_the_records_say(at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]) -> None:
+def test_no_record_exceeds_the_band(at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]) -> None:
+    """The band may be wider: it is not narrowed when a correction is found from the very runs that set it."""
     text = resources.files("memplan").joinpath("data/residuals.json").read_text(encoding="utf-8")
-    assert json.loads(text) == measured_excess(excesses(validate(), at_limits))
+    band_, measured = json.loads(text), measured_excess(excesses(validate(), at_limits))
+    assert band_["bytes_of_small_runs"] >= measured["bytes_of_small_runs"]
+    assert band_["share_of_large_runs"].keys() == measured["share_of_large_runs"].keys()
+    for kind, share in measured["share_of_large_runs"].items():
+        assert band_["share_of_large_runs"][kind] >= share, kind
 
 
 def test_no_run_that_ran_out_is_said_to_fit(at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]) -> None:

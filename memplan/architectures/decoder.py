@@ -224,8 +224,8 @@ class Decoder:
         return ACTIVATIONS[name]
 
     def dtype_of_token_embeddings(self, hidden: DType) -> DType:
-        """What masks are made in: `hidden`, unless a copy of the embedding is trained in another dtype and something wider
-        (positions) is added to what it gives."""
+        """What masks are made in: `hidden`, unless a copy of the embedding is trained in another dtype and something
+        wider (positions) is added to what it gives."""
         config = self.config
         saved = config.trains_adapters and any(self.embedding_name.endswith(m) for m in config.modules_to_save)
         return DType[config.adapter_dtype] if saved and config.adapter_dtype != "fp32" else hidden

@@ -22,7 +22,7 @@ class Phi(StableLm):
     def final_norm(self, build: Builder) -> Norm:
         return build.layer_norm("model.final_layernorm", self.spec.hidden_size)
 
-    def seen_by_heads(self, x: Tensor, q_proj: Layer, k_proj: Layer, v_proj: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    def seen_by_heads(self, x: Tensor, q_proj: Mlp, k_proj: Mlp, v_proj: Mlp) -> tuple[Tensor, Tensor, Tensor]:
         """Each is viewed as soon as it is projected."""
         heads, kv_heads = self.spec.num_attention_heads, self.spec.num_key_value_heads
         q, k = self.heads(q_proj(x), heads, rotated=True), self.heads(k_proj(x), kv_heads, rotated=True)

@@ -8,7 +8,7 @@ head of q and k apart.
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm
+from memplan.architectures.decoder import Attention, Layer, Mlp, Norm
 from memplan.architectures.llama import Llama
 from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add, cat_last, dropout, slice_last, split_last
@@ -83,7 +83,7 @@ class StableLm(Llama):
 
         return forward
 
-    def seen_by_heads(self, x: Tensor, q_proj: Layer, k_proj: Layer, v_proj: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    def seen_by_heads(self, x: Tensor, q_proj: Mlp, k_proj: Mlp, v_proj: Mlp) -> tuple[Tensor, Tensor, Tensor]:
         """All are projected first, then all viewed: backward takes the views in turn before the products."""
         heads, kv_heads = self.spec.num_attention_heads, self.spec.num_key_value_heads
         q, k, v = q_proj(x), k_proj(x), v_proj(x)
