@@ -5,8 +5,6 @@ Every figure of both steps (bytes alive at the end of each phase, and its peak) 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 pytest.importorskip("torch")
@@ -21,11 +19,7 @@ pytestmark = pytest.mark.oracle
 TOLERANCE = 0.001
 
 
-# A quarter of the matrix by default: each takes seconds. MEMPLAN_ALL_COMBINATIONS=1 runs them all.
-CHOSEN = combinations() if os.environ.get("MEMPLAN_ALL_COMBINATIONS") else combinations()[::4]
-
-
-@pytest.mark.parametrize("combination", CHOSEN, ids=lambda combination: combination.id)
+@pytest.mark.parametrize("combination", combinations(), ids=lambda combination: combination.id)
 def test_every_phase_is_the_real_one(combination: Combination) -> None:
     found = figures(combination.hf_config, combination.config)
     off = [figure for figure in found if abs(figure.error) > TOLERANCE]

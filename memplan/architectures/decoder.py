@@ -169,9 +169,10 @@ class Decoder:
             return build.tied_head("lm_head", self.embedding_name, self.embedding_width, spec.vocab_size)
         return build.linear("lm_head", self.embedding_width, spec.vocab_size, bias=spec.lm_head_bias, quantise=False)
 
-    def score_cap(self) -> Callable[[Tensor], Tensor] | None:
-        """What eager attention does to its scores before the mask is added (soft caps)."""
-        return None
+    @property
+    def soft_caps_scores(self) -> bool:
+        """Whether eager attention caps its scores by tanh before the mask is added."""
+        return False
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, shared: Shared, *, p: float | None = None, by_heads: bool = False
@@ -183,9 +184,16 @@ class Decoder:
         groups = q.shape[1] // k.shape[1]
         p = self.spec.attention_dropout if p is None else p
         if self.attention_implementation == "eager":
-            fp32, cap = self.softmax_in_fp32, self.score_cap()
             return eager(
-                q, k, v, mask=shared.mask, num_groups=groups, p=p, softmax_in_fp32=fp32, by_heads=by_heads, cap=cap
+                q,
+                k,
+                v,
+                mask=shared.mask,
+                num_groups=groups,
+                p=p,
+                softmax_in_fp32=self.softmax_in_fp32,
+                by_heads=by_heads,
+                soft_caps=self.soft_caps_scores,
             )
         return sdpa(q, k, v, mask=shared.mask, num_groups=groups, p=p, by_heads=by_heads)
 

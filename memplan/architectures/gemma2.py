@@ -8,8 +8,6 @@ Sources: transformers 5.17 models/gemma2/modeling_gemma2.py, models/gemma3/model
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Layer
 from memplan.architectures.gemma import Gemma
@@ -46,8 +44,9 @@ class Gemma2(Gemma):
 
         return forward
 
-    def score_cap(self) -> Callable[[Tensor], Tensor] | None:
-        return None if self.spec.attn_logit_softcapping is None else soft_cap
+    @property
+    def soft_caps_scores(self) -> bool:
+        return self.spec.attn_logit_softcapping is not None
 
     def after_head(self, logits: Tensor) -> Tensor:
         if self.spec.final_logit_softcapping is None:
@@ -61,12 +60,6 @@ class Gemma3(Gemma2):
     norms_heads_last = True
     sliding_layers_have_own_rotary = True
 
-    def score_cap(self) -> Callable[[Tensor], Tensor] | None:
-        return None  # the module passes no cap on to its attention function
-
-
-def soft_cap(x: Tensor) -> Tensor:
-    """tanh(x / cap) * cap"""
-    x = mul_number(x)
-    x = saves_result(x)
-    return mul_number(x)
+    @property
+    def soft_caps_scores(self) -> bool:
+        return False  # the module passes no cap on to its attention function

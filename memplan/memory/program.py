@@ -129,12 +129,15 @@ class Composer:
         embedding, shared_slots = record_embedding(decoder, accumulating=accumulating)
         stream = Stream(*embedding.out, embedding.out_requires_grad, is_leaf=embedding.holds_out)
         made: dict[tuple[str, Stream, bool], Segment] = {}
+        shared_dtype = embedding.shared_dtype
         layers = []
         for index in range(spec.num_hidden_layers):
             keeps_x = index == 0 and embedding.keeps_out
             key = decoder.layer_kind(index), stream, keeps_x
             if key not in made:
-                made[key] = record_layer(decoder, key[0], stream, keeps_x=keeps_x, accumulating=accumulating)
+                made[key] = record_layer(
+                    decoder, key[0], stream, shared_dtype, keeps_x=keeps_x, accumulating=accumulating
+                )
             layers.append(made[key])
             stream = Stream(*made[key].out, made[key].out_requires_grad)
         return Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))

@@ -35,7 +35,8 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     embeddings = decoder.embed(build)
     if accumulating:
         seed_gradients(build.parameters)
-    shared = Shared.made_by(decoder, m, embeddings.dtype, position_ids=build.position_ids)
+    shared_dtype = embeddings.dtype
+    shared = Shared.made_by(decoder, m, shared_dtype, position_ids=build.position_ids)
     slots = [t.storage.slot for t in shared.tensors()]
     keeps_shared = tuple([t.storage.refs > 1 for t in shared.tensors()])
     if build.position_ids is not None and build.position_ids.storage.refs > 1:
@@ -63,6 +64,7 @@ def record_embedding(decoder: Decoder, *, accumulating: bool) -> tuple[Segment, 
     segment = finish("embedding", recorder, build, tapes, out=out, dx=None, keeps_shared=keeps_shared)
     segment.out_requires_grad = out_requires_grad
     segment.keeps_out, segment.holds_out, segment.after_model = keeps_out, holds_out, after_model
+    segment.shared_dtype = shared_dtype
     segment.mask_slot = -1 if shared.mask is None else shared.mask.storage.slot
     segment.after_loss = [(segment.out_slot, 0), *after_loss] if holds_out else after_loss
     return segment, slots
@@ -83,13 +85,18 @@ def _expect_tied(decoder: Decoder, recorder: Recorder, build: Builder) -> None:
             del gradient
 
 
-def record_layer(decoder: Decoder, kind: str, x_in: Stream, *, keeps_x: bool, accumulating: bool) -> Segment:
-    """One layer of `kind`. With `keeps_x` the model holds the hidden states that come in until its forward ends."""
+def record_layer(
+    decoder: Decoder, kind: str, x_in: Stream, shared_dtype: DType, *, keeps_x: bool, accumulating: bool
+) -> Segment:
+    """One layer of `kind`. With `keeps_x` the model holds the hidden states that come in until its forward ends.
+
+    `shared_dtype` is that of the embeddings: hidden states may be wider behind a layer with fp32 adapters.
+    """
     config = decoder.config
     recorder = Recorder(autocast=config.autocast, device=decoder.device)
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
-    stand_ins = Shared.stand_ins(decoder, m, x_in.dtype)
+    stand_ins = Shared.stand_ins(decoder, m, shared_dtype)
     borrowed = [t.storage for t in stand_ins.tensors() if isinstance(t.storage, BorrowedStorage)]
     given = decoder.shared_of(kind, stand_ins)
     layer = decoder.layer(build, kind, given)

@@ -57,6 +57,8 @@ class Segment:
     """What dies when the model's forward returns: its locals."""
     after_loss: Tape = field(default_factory=list)
     """What dies with the loss and its graph."""
+    shared_dtype: DType = DType.fp32
+    """dtype of the embeddings, for which masks and rotary tables are made."""
     mask_slot: int = -1
     """Slot of the attention mask among what the embedding's piece computes."""
     shared_dies: tuple[int, ...] = ()

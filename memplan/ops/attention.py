@@ -11,8 +11,6 @@ Which kernel sdpa takes: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from memplan.dtypes import DType
 from memplan.ops.autocast import high, low
 from memplan.ops.autograd import record, result_of, save_result
@@ -27,6 +25,7 @@ from memplan.ops.pointwise import (
     dropout,
     expand_copy,
     mul_number,
+    saves_result,
     to,
 )
 from memplan.ops.sdpa_math import math_attention, softmax_backward
@@ -62,13 +61,13 @@ def eager(
     p: float = 0.0,
     softmax_in_fp32: bool = True,
     by_heads: bool = False,
-    cap: Callable[[Tensor], Tensor] | None = None,
+    soft_caps: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """models/llama/modeling_llama.py `eager_attention_forward`: [B, S, N, H] and the probabilities, which
     the decoder layer holds until it returns.
 
     `by_heads`: q and k lie [B, N, S, H] in memory (a partial rotation concatenates them), not [B, S, N, H].
-    `cap` is what gemma2 does to the scores.
+    `soft_caps`: the scores become tanh(scores / cap) * cap, as gemma2 has it.
     """
     key_states = repeat_kv(k, num_groups)
     value_states = repeat_kv(v, num_groups)
@@ -76,8 +75,10 @@ def eager(
     copies = q.shape[0] > 1
     copies_keys = copies and not by_heads and num_groups == 1
     attn_weights = mul_number(matmul(q, key_states, scores_shape, copies=(copies and not by_heads, copies_keys)))
-    if cap is not None:
-        attn_weights = cap(attn_weights)
+    if soft_caps:
+        attn_weights = mul_number(attn_weights)
+        attn_weights = saves_result(attn_weights)
+        attn_weights = mul_number(attn_weights)
     if mask is not None:
         attn_weights = add(attn_weights, mask)
     if softmax_in_fp32:

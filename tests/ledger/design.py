@@ -18,8 +18,8 @@ from memplan.memory.optimizers import OPTIMIZERS
 from memplan.train_config import TrainConfig
 from tests.oracle.configs import CONFIGS
 
-RUNS_A_FAMILY = 10
-RUNS_A_VARIANT = 4
+RUNS_A_FAMILY = 8
+RUNS_A_VARIANT = 3
 PLAIN: tuple[dict[str, Any], ...] = ({}, {"method": "lora", "checkpointing": "ckpt"}, {"method": "qlora"})
 CANDIDATES = 24
 """Draws of which the best is kept."""
@@ -57,19 +57,20 @@ KNOBS: dict[str, tuple[Any, ...]] = {
     "precision": ("bf16", "bf16_autocast", "fp32_autocast", "fp32", "fp16"),
     "stack": ("torch", "torch_chunked", "trainer", "trl"),
     "padding": (False, True),
-    "shape": ((1, 128), (2, 96), (3, 50)),
+    "shape": ((1, 128), (2, 96), (3, 50), (1, 257)),
     "accumulation": (1, 2),
     "adapter": ("plain", "dora", "dropout"),
     "adapter_dtype": ("fp32", "bf16"),
     "saved": (None, "head", "embedding"),
     "rank": (16, 4),
+    "targets": ("all-linear", "attention"),
     "double_quant": (True, False),
     "kbit_prep": (True, False),
     "optimizer": tuple(name for name in OPTIMIZERS if "ademamix" not in name),
 }
 LAYERS = ("method", "checkpointing", "attention", "precision", "stack")
 """Knobs that change what the layers save."""
-ONLY_WITH_ADAPTERS = ("adapter", "adapter_dtype", "saved", "rank")
+ONLY_WITH_ADAPTERS = ("adapter", "adapter_dtype", "saved", "rank", "targets")
 ONLY_QUANTISED = ("double_quant", "kbit_prep")
 
 Choice = dict[str, Any]
@@ -91,7 +92,8 @@ def impossible(family: str, choice: Choice) -> str:
         return "there are no adapters to have this"
     if choice["method"] != "qlora" and any(choice[name] != KNOBS[name][0] for name in ONLY_QUANTISED):
         return "nothing is quantised"
-    if adapters and choice["adapter"] != "plain" and family in WITH_ADAPTED_EXPERTS:
+    adapts_all = choice["targets"] == "all-linear"
+    if adapters and choice["adapter"] != "plain" and adapts_all and family in WITH_ADAPTED_EXPERTS:
         return "PEFT's adapters of bare parameters take neither DoRA nor dropout"
     if choice["saved"] and choice["adapter_dtype"] == "bf16" and _hidden_dtype(choice) not in ("bf16", "autocast"):
         return "a bf16 embedding or head among weights of another dtype: torch multiplies no two dtypes"
@@ -182,6 +184,7 @@ def _train_config(family: str, choice: Choice) -> TrainConfig:
     if choice["method"] != "full":
         fields |= {
             "rank": choice["rank"],
+            "target_modules": choice["targets"] if choice["targets"] == "all-linear" else _attention_names(family),
             "adapter_dtype": choice["adapter_dtype"],
             "use_dora": choice["adapter"] == "dora",
             "lora_dropout": 0.1 if choice["adapter"] == "dropout" else 0.0,
@@ -196,6 +199,17 @@ EMBEDDING_NAMES = {
     "gpt2": "wte", "gptj": "wte", "mpt": "wte", "gpt_neox": "embed_in", "falcon": "word_embeddings",
     "bloom": "word_embeddings",
 }  # fmt: skip
+
+
+ATTENTION_NAMES: dict[str, tuple[str, ...]] = {
+    "gpt2": ("c_attn",), "gpt_neox": ("query_key_value",), "falcon": ("query_key_value",), "mpt": ("Wqkv",),
+    "bloom": ("query_key_value",), "phi3": ("qkv_proj",), "deepseek_v2": ("kv_b_proj",), "deepseek_v3": ("kv_b_proj",),
+}  # fmt: skip
+
+
+def _attention_names(family: str) -> tuple[str, ...]:
+    """What articles adapt: query and value, or what they are fused into."""
+    return ATTENTION_NAMES.get(family, ("q_proj", "v_proj"))
 
 
 def _saved_module(family: str, which: str | None) -> tuple[str, ...]:
