@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -124,20 +124,26 @@ def verdicts(run: Estimate, cards: Iterable[GpuSpec]) -> dict[str, Verdict]:
     `close` lies between the process as it grows when nothing holds it back, with the band of measured residuals to
     spare, and its tensors alone: there the allocator's retries decide, which `memplan.fit` plays.
     """
-    played = {_kind(run.gpu): run}
     said: dict[str, Verdict] = {}
-    for card in cards:
-        kind = _kind(card)
-        if kind not in played:
-            played[kind] = Estimate(run.model, run.config, card, run.allocator_config)
-        here = played[kind]
+    for card, here, beside in played_on(run, cards):
         margin = band(run.config, here.tensor_bytes)
-        beside = runtime_for(card).beside_reserved(run.config, here.program.managed_bytes)
         if here.reserved_bytes + beside + margin <= card.memory_bytes:
             said[card.name] = "fits"
         else:
             said[card.name] = "does not fit" if here.tensor_bytes + beside - margin > card.memory_bytes else "close"
     return said
+
+
+def played_on(run: Estimate, cards: Iterable[GpuSpec]) -> Iterator[tuple[GpuSpec, Estimate, int]]:
+    """Each card, `run` as it plays on its kind of card, and the bytes that its process has there beside reserved
+    memory."""
+    played = {_kind(run.gpu): run}
+    for card in cards:
+        kind = _kind(card)
+        if kind not in played:
+            played[kind] = Estimate(run.model, run.config, card, run.allocator_config)
+        here = played[kind]
+        yield card, here, runtime_for(card).beside_reserved(run.config, here.program.managed_bytes)
 
 
 def _kind(gpu: GpuSpec | None) -> tuple[Device, int]:

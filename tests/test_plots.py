@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from memplan import estimate, gpus, plot
 from memplan.calibration.choose import cases_for
 from memplan.cli import app
 from memplan.errors import MemplanError
 from memplan.gpus import DetectedGpu
+from memplan.plot import areas
 from memplan.plot.steps import step_states
 from memplan.sweep import MAX_POINTS, parse_over, sweep
 from memplan.units import GIB
@@ -65,27 +67,80 @@ def test_a_sweep_over_nothing_too_much_or_the_unknown(over: dict[str, tuple[int,
 
 def test_lines_have_the_estimates_heights_and_the_cards_memory() -> None:
     (ax,) = plot.over_rank(MODEL, (4, 64), capacities=("rtx-4090",)).axes
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "process memory at the peak, GiB")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("LoRA rank", "process memory at the peak, GiB")
     lora, qlora, card = ax.get_lines()
     assert (lora.get_label(), qlora.get_label()) == ("LoRA", "QLoRA")
-    assert np.asarray(lora.get_ydata())[1] == estimate(MODEL, rank=64).process_bytes / GIB
+    assert np.asarray(lora.get_ydata())[1] == estimate(MODEL, rank=64, gpu="rtx-4090").process_bytes / GIB
     assert set(np.asarray(card.get_ydata())) == {gpus.get("rtx-4090").memory_bytes / GIB}
 
 
-def test_stacks_add_up_to_the_allocated_peak() -> None:
-    (ax,) = plot.over(MODEL, "method", ["full", "lora"], stacked=True).axes
+@pytest.mark.parametrize("tier", ["allocated", "reserved", "process"])
+def test_stacks_add_up_to_their_tier(tier: str) -> None:
+    (ax,) = plot.over(MODEL, "method", ["full", "lora"], stacked=True, tier=tier).axes
     tops = [max(bar.get_y() + bar.get_height() for bars in ax.containers for bar in (bars[i],)) for i in (0, 1)]
-    expected = [estimate(MODEL, method=method).allocated_bytes / GIB for method in ("full", "lora")]
+    expected = [getattr(estimate(MODEL, method=method), f"{tier}_bytes") / GIB for method in ("full", "lora")]
     assert tops == pytest.approx(expected)
+    assert ax.get_ylabel() == f"{tier} memory at the peak, GiB"
+
+
+def test_small_parts_of_a_stack_are_drawn_as_one() -> None:
+    shares = areas.shares_of([{"weights": 990, "loss": 4, "inputs": 6}, {"weights": 500, "loss": 100}])
+    assert shares == {"weights": [990, 500], "loss": [4, 100], "other": [6, 0]}
+
+
+def test_a_title_states_what_all_runs_share() -> None:
+    (ax,) = plot.over(MODEL, "stack", ["torch", "trl"]).axes
+    title = ax.get_title()
+    assert title.startswith(f"{MODEL}, LoRA, rank 16, micro-batch 1")
+    assert "sdpa" in title
+    assert not [word for word in ("trl", "torch", "loss", "adamw", "checkpointing") if word in title]
+    (step,) = plot.timeline(MODEL, stack="torch").axes
+    assert "stack torch, loss full, adamw_torch, sdpa, no checkpointing" in step.get_title()
+
+
+def test_a_picture_is_drawn_on_the_axes_it_is_given() -> None:
+    figure = Figure()
+    axes = figure.subplots(2, 2)
+    assert plot.over_rank(MODEL, (4, 8), ax=axes[0, 0]) is figure
+    assert plot.over(MODEL, "method", ["full", "lora"], stacked=True, ax=axes[0, 1]) is figure
+    assert plot.heat_map(MODEL, ("rank", [4, 8]), ("seq_len", [128, 256]), ax=axes[1, 0]) is figure
+    assert plot.timeline(MODEL, ax=axes[1, 1]) is figure
+    assert all(ax.has_data() and ax.get_title() for ax in axes.flat)
+
+
+def test_nothing_lies_between_two_models() -> None:
+    (ax,) = plot.over(MODEL, "model", [MODEL, "smollm2-360m"]).axes
+    assert ax.get_lines()[0].get_linestyle() == "None"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [MODEL, "smollm2-360m"]
 
 
 def test_a_heat_map_has_a_cell_a_pair_and_labels() -> None:
     figure = plot.heat_map(MODEL, ("seq_len", [128, 256, 512]), ("micro_batch_size", [1, 2]), capacities=("24GiB",))
     ax, bar = figure.axes
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("seq len", "micro batch size")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens per sequence", "micro-batch, sequences")
     cells = ax.images[0].get_array()
     assert cells is not None and cells.shape == (2, 3)
     assert bar.get_ylabel() == "process memory at the peak, GiB"
+
+
+def test_borders_of_a_map_are_what_fits_on_each_card() -> None:
+    """Of each card with its own driver and workspaces; those with the same cells share a line."""
+    lengths, batches = [1024, 2048, 4096], [1, 8]
+    figure = plot.heat_map("llama-7b", ("seq_len", lengths), ("micro_batch_size", batches),
+                           capacities=("rtx-4080", "rtx-3090", "rtx-4090", "h200", "rtx-4060"))  # fmt: skip
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == [
+        "rtx-4060 8.0 GiB (none fits)", "rtx-4080 16.0 GiB", "rtx-4090 24.0 GiB, rtx-3090 24.0 GiB",
+        "h200 140.4 GiB (all fit)",
+    ]  # fmt: skip
+    for line, card in zip(figure.axes[0].get_lines()[1:3], ("rtx-4080", "rtx-4090"), strict=True):
+        xs, ys = (np.asarray(data).reshape(-1, 3)[:, :2] for data in line.get_data())
+        upright = {(float(x[0]), float(y.mean())) for x, y in zip(xs, ys, strict=True) if x[0] == x[1]}
+        for row, batch in enumerate(batches):
+            memory = gpus.get(card).memory_bytes
+            runs = [estimate("llama-7b", seq_len=n, micro_batch_size=batch, gpu=card) for n in lengths]
+            fit = [run.process_bytes <= memory for run in runs]
+            expected = {i + 0.5 for i in range(2) if fit[i] != fit[i + 1]}
+            assert {x for x, y in upright if y == row} == expected
 
 
 def test_the_timeline_peaks_where_the_ledger_does() -> None:
@@ -112,7 +167,9 @@ def test_a_picture_is_written_in_the_format_of_its_suffix(tmp_path: Path, suffix
      "--over rank=4 --tier all -o a.png", "--over rank=4 --style none -o a.png", "--over rank=4 --over rank=8 -o a.png",
      "--over rank=4 --methods lora,qlora --stacked -o a.png", "--over method=lora --methods lora -o a.png",
      "--timeline --methods lora -o a.png", "--method full --over rank=4 -o a.png",
-     "--over rank=4 --capacity x -o a.png"],
+     "--over rank=4 --capacity x -o a.png", "--over rank=4 --json -o -", "--timeline --tier allocated -o a.png",
+     "--timeline --capacity h200 -o a.png", "--timeline --stacked -o a.png",
+     "--over rank=4 --over seq_len=64 --stacked -o a.png", "--over rank=4 --over seq_len=64 --methods lora -o a.png"],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_bad_input(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -127,6 +184,18 @@ def test_numbers_of_a_picture_as_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert app.run(["plot", MODEL, "--over", "rank=4,8", "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert [p["process_bytes"] for p in points] == [estimate(MODEL, rank=rank).process_bytes for rank in (4, 8)]
+
+
+def test_a_picture_and_its_numbers_are_of_the_same_card(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["plot", MODEL, "--over", "rank=4", "--capacity", "rtx-4090", "--json"]) == 0
+    (point,) = json.loads(capsys.readouterr().out)["points"]
+    assert point["process_bytes"] == estimate(MODEL, rank=4, gpu="rtx-4090").process_bytes
+
+
+def test_stdout_gets_a_picture_and_nothing_else(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert app.run(["plot", MODEL, "--timeline", "-o", "-"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert out.startswith(b"\x89PNG") and not err
 
 
 def test_validation_draws_and_counts_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -38,6 +38,31 @@ def complete_optimizers(incomplete: str) -> list[str]:
     from memplan.memory.optimizers import OPTIMIZERS
 
     return [name for name in OPTIMIZERS if name.startswith(incomplete)]
+
+
+def complete_methods(incomplete: str) -> list[str]:
+    return [name for name in get_args(Method) if name.startswith(incomplete)]
+
+
+def complete_tiers(incomplete: str) -> list[str]:
+    return [name for name in ("process", "reserved", "allocated") if name.startswith(incomplete)]
+
+
+def complete_knobs(incomplete: str) -> list[str]:
+    """What `--over` takes, up to the values."""
+    from memplan.sweep import KNOBS
+
+    return [f"{name}=" for name in KNOBS if name.startswith(incomplete)]
+
+
+def listed(complete: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    """`complete` for the last of several names with commas between them."""
+
+    def complete_last(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + name for name in complete(last)]
+
+    return complete_last
 
 
 Model = Annotated[

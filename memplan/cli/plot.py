@@ -15,15 +15,18 @@ from memplan.errors import MemplanError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from memplan.gpus import GpuSpec
     from memplan.sweep import Value
 
 EPILOG = """Examples:
 
   memplan plot llama-7b --over rank=4,8,16,32,64,128,256 -o rank.png
 
-  memplan plot llama-7b --over seq_len=512:8192:x2 --over micro_batch_size=1,2,4,8 --capacity rtx-4090 -o fits.png
+  memplan plot llama-7b --over rank=8,64 --over seq_len=512:8192:x2 -o map.png
 
-  memplan plot llama-7b --over method=full,lora,qlora --stacked -o methods.svg
+  memplan plot llama-7b --over seq_len=512:8192:x2 --capacity l4,a100 -o a.svg
+
+  memplan plot llama-7b --over method=full,lora,qlora --stacked -o methods.pdf
 
   memplan plot llama-7b --method lora --timeline -o step.png
 """
@@ -31,20 +34,34 @@ EPILOG = """Examples:
 PICTURE = "Picture"
 Over = Annotated[
     list[str] | None,
-    typer.Option(metavar="KNOB=VALUES", help="rank=4,8,16 or seq_len=512:8192:x2; twice for a map.",
-                 rich_help_panel=PICTURE),
+    typer.Option(metavar="KNOB=VALUES", help="rank=4,8,16 or seq_len=512:8192:x2 or method=lora,qlora; also "
+                 "micro_batch_size, model, optimizer and others. Twice for a map.",
+                 rich_help_panel=PICTURE, autocompletion=options.complete_knobs),
 ]  # fmt: skip
 Methods = Annotated[
-    str | None, typer.Option(metavar="NAMES", help="A line for each, such as lora,qlora.", rich_help_panel=PICTURE)
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="A line for each, such as lora,qlora.",
+        rich_help_panel=PICTURE,
+        autocompletion=options.listed(options.complete_methods),
+    ),
 ]
 Capacity = Annotated[
     str | None,
     typer.Option(metavar="GPUS", help="Draw the memory of these cards, such as rtx-4090,a100-80gb.",
-                 rich_help_panel=PICTURE),
+                 rich_help_panel=PICTURE, autocompletion=options.listed(options.complete_gpus)),
 ]  # fmt: skip
-Tier = Annotated[str, typer.Option(metavar="TIER", help="process, reserved or allocated.", rich_help_panel=PICTURE)]
+Tier = Annotated[
+    str | None,
+    typer.Option(metavar="TIER", help="process, reserved or allocated. Default process.", rich_help_panel=PICTURE,
+                 show_default=False, autocompletion=options.complete_tiers),
+]  # fmt: skip
 Stacked = Annotated[
-    bool, typer.Option("--stacked", metavar="", help="What is alive at the peak, stacked.", rich_help_panel=PICTURE)
+    bool,
+    typer.Option(
+        "--stacked", metavar="", help="What is alive at the peak, and what the tier adds.", rich_help_panel=PICTURE
+    ),
 ]
 Timeline = Annotated[
     bool, typer.Option("--timeline", metavar="", help="One step from left to right.", rich_help_panel=PICTURE)
@@ -69,7 +86,7 @@ def plot(
     timeline: Timeline = False,
     methods: Methods = None,
     capacity: Capacity = None,
-    tier: Tier = "process",
+    tier: Tier = None,
     stacked: Stacked = False,
     style: Style = None,
     gpu: options.Gpu = None,
@@ -77,24 +94,36 @@ def plot(
     as_json: options.Json = False,
 ) -> None:
     """Draws memory against a knob (lines or stacks), two knobs (a map with what fits), or one step."""
+    from memplan import gpus
+    from memplan.plot.capacity import card_for
     from memplan.plot.lines import TIERS
     from memplan.sweep import parse_over
 
     knobs = [parse_over(text) for text in over or ()]
     if timeline == bool(knobs) or len(knobs) > 2:
         raise MemplanError("say what to draw", hints=["`--over rank=4,8,16` once or twice, or `--timeline`"])
-    if methods and len(knobs) != 1:
-        raise MemplanError("`--methods` draws a line for each over one knob", hints=["give `--over` once"])
+    for option, given, allowed in (("--methods", methods, (1,)), ("--stacked", stacked, (1,)),
+                                   ("--tier", tier, (1, 2)), ("--capacity", capacity, (1, 2))):  # fmt: skip
+        if given and len(knobs) not in allowed:
+            raise MemplanError(
+                f"`{option}` is not for " + ("a map" if knobs else "`--timeline`"),
+                hints=["give `--over` once" if allowed == (1,) else "it goes with `--over`"],
+            )
+    tier = tier or TIERS[0]
     if len({knob for knob, _ in knobs}) < len(knobs):
         raise MemplanError(f"`{knobs[0][0]}` is given twice", hints=["list its values in one `--over`"])
     if tier not in TIERS:
         raise MemplanError(f"`{tier}` is no tier", hints=["one of " + ", ".join(TIERS)])
     if output is None and not as_json:
         raise MemplanError("say where the picture goes", hints=["`-o rank.png`, or `--json` for the numbers"])
+    if as_json and str(output) == "-":
+        raise MemplanError(
+            "`--json` and `-o -` both write to stdout", hints=["give the picture a file, or leave it out"]
+        )
     names = tuple(part.strip() for part in methods.split(",") if part.strip()) if methods else ()
     cards = tuple(part.strip() for part in capacity.split(",") if part.strip()) if capacity else ()
     if as_json:
-        emit(_document(model, run, knobs, names, gpu))
+        emit(_document(model, run, knobs, names, card_for(gpu, [gpus.get(name) for name in cards])))
     if output is not None:
         from memplan.plot import save
         from memplan.plot.style import styled
@@ -132,7 +161,7 @@ def _document(
     run: dict[str, Any],
     knobs: Sequence[tuple[str, tuple[Value, ...]]],
     methods: tuple[str, ...],
-    gpu: str | None,
+    gpu: GpuSpec | str | None,
 ) -> str:
     from memplan.report_plot import SweepDocument, TimelineDocument
 

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import gpus
 from memplan.errors import MemplanError
-from memplan.plot.style import COMPONENT_COLOURS, LABELS, LINES, axes_for, gib_axis, in_gib, run_title
-from memplan.sweep import NUMERIC, Point, Value, sweep
+from memplan.plot import areas, capacity
+from memplan.plot.style import LABELS, axes_for, gib_axis, in_gib, legend_above, line_styles
+from memplan.plot.titles import knob_label, run_title, value_label
+from memplan.sweep import NUMERIC, Value, sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from memplan.estimate import ModelLike
+    from memplan.estimate import Estimate, ModelLike
     from memplan.train_config import TrainConfig
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
@@ -40,67 +42,64 @@ def over(
     ax: Axes | None = None,
     **fields: Any,
 ) -> Figure:
-    """Memory of a run against `knob`.
+    """Memory of a run against `knob`, in GiB.
 
     Args:
         methods: a line for each; the config's own unless given.
+        gpu: whose driver and workspaces count; the one card of `capacities` unless given, as for `estimate` if there
+            are several.
         capacities: cards whose memory is drawn as a horizontal line.
         tier: `process`, `reserved` or `allocated`.
-        stacked: the components at the allocated peak instead of lines (one method).
+        stacked: the components at the allocated peak instead of lines, and upon them what the tier adds (one method).
         ax: draw there; a new figure otherwise.
 
     Raises:
-        MemplanError: as `sweep`; several methods where one is stacked, or where methods are swept over.
+        MemplanError: as `sweep`; no such tier; several methods where one is stacked, or where methods are swept over.
     """
     if stacked and methods:
         raise MemplanError("components are stacked for one method", hints=["sweep over `method` to stack several"])
     if knob == "method" and methods:
         raise MemplanError("`method` is swept over already", hints=["leave out the lines by method"])
+    if tier not in TIERS:
+        raise MemplanError(f"`{tier}` is no tier", hints=["one of " + ", ".join(TIERS)])
+    cards = [gpus.get(name) for name in capacities]
+    card = capacity.card_for(gpu, cards)
     swept = sweep(model, {"method": tuple(methods), knob: values} if methods else {knob: values},
-                  config, gpu=gpu, **fields)  # fmt: skip
+                  config, gpu=card, **fields)  # fmt: skip
     figure, ax = axes_for(ax)
     numbers = [v for v in values if not isinstance(v, str)] if knob in NUMERIC else []
     places: list[float] = list(numbers) or list(range(len(values)))
     if stacked:
-        _stack(ax, places, list(swept.points), grouped=not numbers)
+        areas.stack(ax, places, [up_to(tier, p.estimate) for p in swept.points], bars=len(numbers) < 2)
     else:
-        for style, method in zip(_styles(), methods or (None,), strict=False):
+        for style, method in zip(line_styles(), methods or (None,), strict=False):
             points = list(swept.along(knob, **({"method": method} if method else {})))
             heights = [in_gib(getattr(p.estimate, f"{tier}_bytes")) for p in points]
             label = LABELS[method] if method else LABELS[points[0].estimate.config.method]
-            ax.plot(places, heights, label=label, markersize=5, **style)
-    for name in capacities:
-        card = gpus.get(name)
-        ax.axhline(in_gib(card.memory_bytes), color="#666666", linewidth=1, linestyle=(0, (4, 2)))
-        ax.annotate(card.name, (0.01, in_gib(card.memory_bytes)), xycoords=("axes fraction", "data"),
-                    ha="left", va="bottom", fontsize=8, color="#444444")  # fmt: skip
-    gib_axis(ax, f"{'allocated' if stacked else tier} memory at the peak, GiB")
-    ax.set_xlabel(knob.replace("_", " "))
+            if not numbers:  # nothing lies between two models or two kernels
+                style = {**style, "linestyle": ""}
+            ax.plot(places, heights, label=label, markersize=5 if numbers else 9, **style)  # type: ignore[arg-type]
+    gib_axis(ax, f"{tier} memory at the peak, GiB")
+    capacity.draw_lines(ax, cards)
+    ax.set_xlabel(knob_label(knob))
     if len(numbers) > 2 and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
         ax.set_xscale("log", base=2)
-    ax.set_xticks(places, [f"{v:,}" if isinstance(v, int) else str(v) for v in values])
+    names = [value_label(value) for value in values]
+    turned: Any = {"rotation": 25, "ha": "right"} if sum(map(len, names)) > 80 else {}
+    ax.set_xticks(places, names, **turned)
     ax.minorticks_off()
-    ax.set_title(run_title(swept.points[-1].estimate, without=(knob, *(("method",) if methods else ()))), fontsize=10)
-    if stacked or methods or len(swept.points) > 1:
-        handles, labels = ax.get_legend_handles_labels()
-        order = slice(None, None, -1) if stacked else slice(None)
-        ax.legend(handles[order], labels[order], frameon=False, fontsize=8)
+    if not numbers:
+        ax.set_xlim(-0.5, len(values) - 0.5)
+    varied = (knob, *(("method",) if methods else ()))
+    legend_above(ax, run_title([p.estimate for p in swept.points], without=varied), reverse=stacked)
     return figure
 
 
-def _styles() -> list[dict[str, Any]]:
-    return [dict(style) for style in LINES]
-
-
-def _stack(ax: Axes, places: list[Any], points: list[Point], *, grouped: bool) -> None:
-    names = [n for n in COMPONENT_COLOURS if any(p.estimate.components.get(n) for p in points)]
-    heights = {n: [in_gib(p.estimate.components.get(n, 0)) for p in points] for n in names}
-    if grouped:
-        base = [0.0] * len(points)
-        for name in names:
-            ax.bar(places, heights[name], bottom=base, width=0.6, color=COMPONENT_COLOURS[name],
-                   edgecolor="white", linewidth=0.5, label=name.replace("_", " "))  # fmt: skip
-            base = [low + high for low, high in zip(base, heights[name], strict=True)]
-        return
-    ax.stackplot(places, *heights.values(), labels=[n.replace("_", " ") for n in names],
-                 colors=[COMPONENT_COLOURS[n] for n in names], edgecolor="white", linewidth=0.5)  # fmt: skip
+def up_to(tier: str, made: Estimate) -> dict[str, int]:
+    """What is alive at the allocated peak by component, and what the tiers up to `tier` add to it, in bytes."""
+    parts = dict(made.components)
+    if tier != "allocated":
+        parts["cached by the allocator"] = made.reserved_bytes - made.allocated_bytes
+    if tier == "process":
+        parts["driver, context, kernels"] = made.beside_reserved_bytes
+    return parts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memplan.estimate import estimate
 from memplan.memory.ledger import sum_tape
-from memplan.plot.style import COMPONENT_COLOURS, axes_for, gib_axis, in_gib, run_title
+from memplan.plot import areas
+from memplan.plot.style import axes_for, foreground, gib_axis, in_gib
+from memplan.plot.titles import run_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,32 +36,52 @@ def timeline(
     made = model if isinstance(model, Estimate) else estimate(model, config, **fields)
     times, states, phases = step_states(made)
     figure, ax = axes_for(ax, width=10)
-    names = [n for n in COMPONENT_COLOURS if any(state.get(n) for state in states)]
-    heights = [[in_gib(state.get(name, 0)) for state in states] for name in names]
-    ax.stackplot(times, *heights, labels=[n.replace("_", " ") for n in names],
-                 colors=[COMPONENT_COLOURS[n] for n in names], linewidth=0)  # fmt: skip
+    areas.stack(ax, times, states)
     totals = [sum(state.values()) for state in states]
     peak = max(range(len(totals)), key=totals.__getitem__)
-    gib_axis(ax, "GiB of live tensors")
-    ax.set_ylim(top=in_gib(totals[peak]) * 1.25)
+    gib_axis(ax, "live tensors, GiB")
+    ax.set_ylim(top=in_gib(totals[peak]) * 1.3)
     ax.set_xlim(times[0], times[-1])
-    for phase, begin, end in phases:
-        ax.axvline(begin, color="#333333", linewidth=0.6, linestyle=":")
-        if end - begin > 0.03 * (times[-1] - times[0]):
-            ax.text((begin + end) / 2, in_gib(totals[peak]) * 1.2, phase.replace("_", " "), ha="center", fontsize=9)
-    alive = sorted(states[peak].items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name.replace('_', ' ')} {in_gib(size):.2f}" for name, size in alive)
+    _mark_phases(ax, phases)
+    alive = sorted(states[peak].items(), key=lambda item: -item[1])
+    large = [f"{areas.named(name)} {in_gib(size):.2f}" for name, size in alive if size >= areas.SMALL * totals[peak]]
+    lines = [", ".join(large[i : i + 3]) for i in range(0, len(large), 3)]
+    share = (times[peak] - times[0]) / (times[-1] - times[0])
+    side, foot = ("left", 0.0) if share < 0.25 else ("right", 1.0) if share > 0.75 else ("center", 0.5)
     ax.annotate(
-        f"peak {in_gib(totals[peak]):.2f} GiB\n{parts}",
-        (times[peak], in_gib(totals[peak])),
-        xytext=(0, 14), textcoords="offset points", ha="center", fontsize=8,
-        arrowprops={"arrowstyle": "-", "color": "#333333"},
+        "\n".join([f"peak in {made.peak_phase.replace('_', ' ')}: {in_gib(totals[peak]):.2f} GiB", *lines]),
+        (times[peak], in_gib(totals[peak])), xytext=(0, 16), textcoords="offset points", fontsize=8, ha=side,
+        bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 1},
+        arrowprops={"arrowstyle": "-", "color": foreground(), "relpos": (foot, 0)},
     )  # fmt: skip
     ax.set_xlabel("allocations and frees, in the order they happen")
-    ax.set_title(run_title(made), fontsize=10)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set_title(run_title([made]), fontsize=10, pad=24)
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _mark_phases(ax: Axes, phases: Sequence[tuple[str, int, int]]) -> None:
+    """Dotted lines between phases and their names above the axes, aslant where a phase is too short for its name."""
+    first, last = phases[0][1], phases[-1][2]
+    free = float(first)
+    for phase, begin, end in phases:
+        name = phase.replace("_", " ")
+        if begin > first:
+            ax.axvline(begin, color=foreground(), linewidth=0.6, linestyle=":")
+        look: Any = {"ha": "center", "fontsize": 9}
+        place = (begin + end) / 2
+        if end - begin < _LETTER * len(name) * (last - first):
+            look = {"ha": "left", "fontsize": 7, "rotation": 60, "rotation_mode": "anchor"}
+            place = max(place, free)
+            free = place + 1.8 * _LETTER * (last - first)
+        ax.annotate(name, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
+                    va="bottom", **look)  # fmt: skip
+
+
+_LETTER = 0.0105
+"""Of the width of the axes, one letter of a phase's name."""
 
 
 def step_states(made: Estimate) -> tuple[list[int], list[dict[str, int]], list[tuple[str, int, int]]]:

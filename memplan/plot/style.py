@@ -1,7 +1,7 @@
 """Colours, labels and axes that all pictures share.
 
-The colours are those of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers and, in
-the order used here, by their lightness in grey; lines also differ by their dashes and markers.
+The colours are those of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers. In grey some of
+them are alike: areas differ by their hatches too, lines by their dashes and markers.
 """
 
 from __future__ import annotations
@@ -15,21 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from memplan.estimate import Estimate
-
-COMPONENT_COLOURS = {
-    "weights": "#0072B2",
-    "adapters": "#56B4E9",
-    "gradients": "#D55E00",
-    "optimizer_states": "#E69F00",
-    "activations": "#009E73",
-    "loss": "#CC79A7",
-    "temporaries": "#999999",
-    "workspaces": "#444444",
-    "inputs": "#F0E442",
-    "allocator_rounding": "#DDDDDD",
-    "runtime": "#111111",
-}
 LINES = (
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#D55E00", "linestyle": "--", "marker": "s"},
@@ -59,7 +44,7 @@ def axes_for(ax: Axes | None, *, width: float = 8.0, height: float = 5.0) -> tup
 def gib_axis(ax: Axes, what: str = "GiB") -> None:
     ax.set_ylabel(what)
     ax.set_ylim(bottom=0)
-    ax.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    ax.grid(axis="y", alpha=0.4, linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -69,21 +54,31 @@ def in_gib(num_bytes: float) -> float:
     return num_bytes / GIB
 
 
-def run_title(made: Estimate, *, without: tuple[str, ...] = ()) -> str:
-    """The run in one or two lines; what the picture varies is left out."""
-    c = made.config
-    parts = [] if "model" in without else [made.model.label]
-    if "method" not in without:
-        parts.append(LABELS[c.method])
-    if c.trains_adapters and "rank" not in without:
-        parts.append(f"rank {c.rank}")
-    if "micro_batch_size" not in without:
-        parts.append(f"micro-batch {c.micro_batch_size}")
-    if "seq_len" not in without:
-        parts.append(f"{c.seq_len:,} tokens")
-    second = [f"stack {c.stack}", f"loss {c.loss}", c.optimizer, c.attention]
-    second.append("checkpointing" if c.gradient_checkpointing else "no checkpointing")
-    return ", ".join(parts) + "\n" + ", ".join(second)
+def foreground() -> str:
+    """The colour of text: black, unless the style sheet in use has a dark ground."""
+    from matplotlib import rcParams
+
+    return str(rcParams["text.color"])
+
+
+def line_styles() -> list[dict[str, str]]:
+    """LINES, the first of them in the colour of text."""
+    first, *others = LINES
+    return [{**first, "color": foreground()}, *(dict(line) for line in others)]
+
+
+def legend_above(ax: Axes, title: str, *, reverse: bool = False, fontsize: int = 10) -> None:
+    """The title, and below it the legend in rows above the axes, where it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) < 2 and not reverse:
+        ax.set_title(title, fontsize=fontsize)
+        return
+    columns = min(len(labels), 4)
+    rows = -(-len(labels) // columns)
+    order = slice(None, None, -1) if reverse else slice(None)
+    ax.legend(handles[order], labels[order], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns,
+              frameon=False, fontsize=8, handlelength=3, borderaxespad=0.2)  # fmt: skip
+    ax.set_title(title, fontsize=fontsize, pad=12 + 14 * rows)
 
 
 def styled(style: str | None) -> AbstractContextManager[None]:
