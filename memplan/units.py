@@ -28,6 +28,11 @@ def human(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
+def exact_percent(share: float, digits: int, *, sign: str = "") -> str:
+    """A share of 1 with as many digits as asked for; `sign="+"` writes the plus too."""
+    return f"{100 * share:{sign}.{digits}f} %"
+
+
 def parse_size(text: str) -> int:
     """Bytes of `24GiB`, `24 GB` or `24576MiB`.
 

@@ -46,6 +46,12 @@ class Run:
     def stack(self) -> str:
         return self.estimate.config.stack
 
+    @property
+    def base(self) -> str:
+        """What the model's weights are kept in: `bf16`, `fp32`, `nf4`, `int8`, …"""
+        config = self.estimate.config
+        return config.quant_type if config.method == "qlora" else config.weight_dtype
+
     def row(self, tier: str) -> Row | None:
         return next((row for row in self.rows if row.tier == tier), None)
 

@@ -206,7 +206,7 @@ def test_validation_draws_and_counts_what_was_measured(tmp_path: Path, capsys: p
     by_method = validation.by(lambda run: run.method)
     assert sum(tiers["allocated"].num_runs for tiers in by_method.values()) == len(validation.rows("allocated"))
     axes = plot.predicted_against_measured(validation).axes
-    assert {"GiB measured", "GiB predicted", "error, %"} <= {
+    assert {"measured, GiB", "predicted, GiB", "error, %"} <= {
         label for ax in axes for label in (ax.get_xlabel(), ax.get_ylabel())
     }
     assert app.run(["validate", str(MEASURED[0]), "--plot", str(tmp_path / "a.png"), "--json"]) == 0

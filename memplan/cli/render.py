@@ -66,11 +66,6 @@ def percent(part: float, whole: float) -> str:
     return f"{share:.2f} %" if share >= 0.01 or not part else "<0.01 %"
 
 
-def exact_percent(share: float, digits: int, *, sign: str = "") -> str:
-    """A share of 1 with as many digits as asked for; `sign="+"` writes the plus too."""
-    return f"{100 * share:{sign}.{digits}f} %"
-
-
 def bar(part: float, whole: float, width: int) -> str:
     """A thin bar, `width` columns when `part` is `whole`; as many as `part` is of it otherwise."""
     halves = 0 if whole <= 0 else round(2 * width * min(max(part / whole, 0.0), 1.0))

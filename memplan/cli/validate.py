@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bold, columns, dim, emit, exact_percent, heading, join, paragraph
-from memplan.units import MIB
+from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph
+from memplan.units import MIB, exact_percent
 
 if TYPE_CHECKING:
     from memplan.calibration.compare import Summary
@@ -25,7 +25,7 @@ EPILOG = """Examples:
   memplan validate my-gpu.jsonl --plot predicted-vs-measured.png
 """
 
-KEYS = ("file", "method", "stack", "family")
+KEYS = ("file", "method", "base", "stack", "family")
 Files = Annotated[
     list[Path] | None,
     typer.Argument(help="Record files that `memplan calibrate` wrote; those shipped with memplan unless given."),
