@@ -6,29 +6,17 @@ program, and the terms of a part sum to it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memplan.alive import LiveBlock, alive_at_peak
+from memplan.explain_terms import Term, by_piece, by_size, copies, largest_piece, per_parameter
 from memplan.memory.optimizers import OPTIMIZERS
-from memplan.units import human
 
 if TYPE_CHECKING:
     from memplan.architectures.builder import Weight
     from memplan.estimate import Estimate
-
-MAX_TERMS = 6
-"""Of a part in blocks; what is smaller is summed up in one more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One summand: what it is, in numbers, and its bytes."""
-
-    text: str
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +132,11 @@ def _gradients(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
 
 def _optimizer_states(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
     row = OPTIMIZERS[estimate.config.optimizer]
-    num_params = estimate.num_trainable_params
-    num_bytes = sum(b.num_bytes for b in blocks)
-    per_param = f"{num_bytes / num_params:.2f} B" if num_params else "nothing"
-    text = f"{len(blocks):,} tensors for {num_params:,} parameters: {per_param} a parameter"
     return _part(
         "optimizer_states",
         blocks,
         f"what {row.name} keeps of each trained parameter",
-        [Term(text, num_bytes)],
+        copies(estimate, blocks) or [per_parameter(estimate, blocks)],
         "Made by the first step and kept for good: the peak is that of a later step.",
         row.source,
     )
@@ -168,7 +152,7 @@ def _activations(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
         why = "Each operation saves for backward what its derivative needs; the formulas are those of autograd."
         source = "torch tools/autograd/derivatives.yaml"
     return _part(
-        "activations", blocks, formula, _by_piece(estimate, blocks), why, source, _largest_piece(estimate, blocks)
+        "activations", blocks, formula, by_piece(estimate, blocks), why, source, largest_piece(estimate, blocks)
     )
 
 
@@ -181,7 +165,7 @@ def _loss(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
     formula, why = how[estimate.config.loss]
     source = {"full": "transformers loss/loss_utils.py", "chunked": "TRL trainer/utils.py `add_fused_lm_head`"}
     return _part(
-        "loss", blocks, formula, _by_size(estimate, blocks), why,
+        "loss", blocks, formula, by_size(estimate, blocks), why,
         source.get(estimate.config.loss, "Liger-Kernel ops/fused_linear_cross_entropy.py"),
     )  # fmt: skip
 
@@ -191,7 +175,7 @@ def _temporaries(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
         "temporaries",
         blocks,
         "what operations hold while they run",
-        _by_size(estimate, blocks),
+        by_size(estimate, blocks),
         "Gradients on their way down, dequantised weights, casts: gone a moment later.",
         "the step as played",
     )
@@ -202,7 +186,7 @@ def _workspaces(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
         "workspaces",
         blocks,
         "one a thread that multiplies matrices",
-        _by_size(estimate, blocks),
+        by_size(estimate, blocks, shaped=False),
         "cuBLAS keeps scratch memory for each handle, taken from the same allocator.",
         "aten/src/ATen/cuda/CublasHandlePool.cpp",
     )
@@ -213,7 +197,7 @@ def _inputs(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
         "inputs",
         blocks,
         "tensors × tokens × 8 B",
-        _by_size(estimate, blocks),
+        by_size(estimate, blocks, shaped=False),
         "Token ids, labels and masks of the batch.",
         "the data collator's int64 tensors",
     )
@@ -248,60 +232,3 @@ def _part(
     if missing:
         listed.append(Term("not there at the peak" if missing < 0 else "in tensors beside these", missing))
     return Part(name, total, formula, tuple(listed), why, source, detail)
-
-
-def _by_size(estimate: Estimate, blocks: Sequence[LiveBlock]) -> list[Term]:
-    counts = Counter(b.num_bytes for b in blocks).items()
-    ordered = sorted(counts, key=lambda item: -item[0] * item[1])
-    terms = [Term(f"{count:,} × {_shape(estimate, size)}", count * size) for size, count in ordered[:MAX_TERMS]]
-    rest = ordered[MAX_TERMS:]
-    if rest:
-        terms.append(Term(f"{sum(c for _, c in rest):,} smaller", sum(s * c for s, c in rest)))
-    return terms
-
-
-def _by_piece(estimate: Estimate, blocks: Sequence[LiveBlock]) -> list[Term]:
-    """Equal layers in one term: how many, and what each holds a token."""
-    held_by: dict[str, list[int]] = {}
-    for b in blocks:
-        held_by.setdefault(b.piece, []).append(b.num_bytes)
-    equal: dict[tuple[int, ...], list[str]] = {}
-    for piece, unsorted in held_by.items():
-        equal.setdefault(tuple(sorted(unsorted)), []).append(piece)
-    terms = []
-    for sizes, names in equal.items():
-        held = sum(sizes)
-        who = names[0] if len(names) == 1 else f"{len(names)} layers"
-        per_token = f"{held / estimate.config.tokens_per_micro_batch:,.0f} B a token"
-        what = _shape(estimate, sizes[0]) if len(sizes) == 1 else f"{len(sizes)} tensors, {per_token}"
-        terms.append(Term(f"{who} × {what}" if len(names) > 1 else f"{who}: {what}", held * len(names)))
-    terms.sort(key=lambda term: -term.num_bytes)
-    if len(terms) > MAX_TERMS:
-        rest = terms[MAX_TERMS:]
-        terms[MAX_TERMS:] = [Term(f"{len(rest)} smaller pieces", sum(term.num_bytes for term in rest))]
-    return terms
-
-
-def _largest_piece(estimate: Estimate, blocks: Sequence[LiveBlock]) -> str:
-    """What the piece that holds most has, size by size, in bytes a token."""
-    held = Counter[str]()
-    for b in blocks:
-        held[b.piece] += b.num_bytes
-    piece = held.most_common(1)[0][0]
-    counts = Counter(b.num_bytes for b in blocks if b.piece == piece)
-    tokens = estimate.config.tokens_per_micro_batch
-    ordered = sorted(counts.items(), key=lambda item: -item[0] * item[1])
-    listed = ", ".join(f"{count} × {size / tokens:,.6g}" for size, count in ordered[:MAX_TERMS])
-    rest = sum(counts.values()) - sum(count for _, count in ordered[:MAX_TERMS])
-    return f"{piece} in B a token: {listed}" + (f", {rest} smaller" if rest else "")
-
-
-def _shape(estimate: Estimate, num_bytes: int) -> str:
-    """`num_bytes` as tokens × width × bytes where exactly one such product fits, else as it is."""
-    spec, tokens = estimate.model, estimate.config.tokens_per_micro_batch
-    widths = {spec.hidden_size, spec.intermediate_size, spec.vocab_size}
-    fits = {(w, i) for w in widths for i in (2, 4) if tokens * w * i == num_bytes}
-    if len(fits) != 1:
-        return human(num_bytes)
-    width, itemsize = fits.pop()
-    return f"{tokens:,} tokens × {width:,} × {itemsize} B"
