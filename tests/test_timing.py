@@ -19,8 +19,9 @@ from memplan.dtypes import DType
 from memplan.gpus import GpuSpec
 from memplan.memory.optimizers import OPTIMIZERS
 from memplan.model_spec import ModelSpec
+from memplan.ops.tensor import AttentionCall
 from memplan.timing import fit as fitting
-from memplan.timing.flops import Matmul, attentions, matmuls
+from memplan.timing.flops import AttentionWork, Matmul, attentions, matmuls
 from memplan.timing.layers import linears
 from memplan.timing.model import LAUNCHES, step_time
 from memplan.timing.profile import fit_for, learn, save
@@ -73,7 +74,9 @@ def test_flops_are_those_torch_counts_in_the_real_model(family: str, method: str
     config = TrainConfig(method=method, stack="torch", seq_len=TOKENS, micro_batch_size=2, attention="eager")
     estimate = memplan.estimate(spec, config)
     layers = linears(estimate.program.weights, spec, config)
-    flops = sum(m.flops for m in matmuls(layers, spec, config)) + sum(a.flops for a in attentions(spec, config))
+    flops = sum(m.flops for m in matmuls(layers, spec, config)) + sum(
+        a.flops for a in attentions(spec, config, estimate.program.attentions)
+    )
     real = counted_flops(family, method)
     assert flops == pytest.approx(real, rel=2e-3)  # torch also counts the outer product of the rotary table
 
@@ -111,6 +114,58 @@ def test_checkpointing_adds_one_forward_of_the_layers() -> None:
     assert saved.backward.kernels > plain.backward.kernels + plain.forward.kernels * 0.8
 
 
+FALCON = {"model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 2, "num_attention_heads": 71}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "kernel", "dtype"),
+    [
+        ("llama-7b", {}, "cudnn", "bf16"),
+        ("llama-7b", {"attention": "eager"}, "products", "bf16"),
+        ("llama-7b", {"weight_dtype": "fp32", "autocast": False}, "efficient", "fp32"),
+        # sdpa that no fused kernel takes: one key head for all (falcon), grouped heads in fp32 (k-bit preparation)
+        (FALCON, {}, "products", "fp32"),
+        (FALCON, {"attention": "eager"}, "products", "bf16"),
+        ("llama-3-8b", {"method": "qlora", "kbit_prep": True, "autocast": False}, "products", "fp32"),
+        # asked for sdpa, these have none
+        ("bloom-560m", {}, "products", "bf16"),
+    ],
+)
+def test_attention_is_timed_as_the_kernel_that_runs(model: str | dict, fields: dict, kernel: str, dtype: str) -> None:
+    spec = model if isinstance(model, str) else ModelSpec.from_hf_config(model)
+    work = work_of(spec, **{"method": "lora", "stack": "torch", "seq_len": 512, **fields})
+    assert {(a.call.kernel, a.call.dtype.name) for a in work.attentions} == {(kernel, dtype)}
+    forward, backward = (sum(a.flops for a in work.attentions if a.phase == p) for p in ("forward", "backward"))
+    assert backward == forward * (2 if kernel == "products" else 2.5)
+
+
+def test_products_in_fp32_run_at_the_fp32_peak() -> None:
+    line = roofline(H200, DType.bf16, Constants())
+    half, full = (AttentionCall("products", dtype, masked=True) for dtype in (DType.bf16, DType.fp32))
+    work = AttentionWork(10**12, half, 1, 1024, "forward")
+    assert line.attention(dataclasses.replace(work, call=full)) > 10 * line.attention(work)
+
+
+def test_the_output_head_goes_with_the_loss() -> None:
+    """Chunked: logits made again in backward; Liger: gradients before backward; the layers' products elsewhere."""
+    for loss, of_head in (
+        ("full", {"loss": 1, "loss_backward": 2}),
+        ("chunked", {"loss": 1, "loss_backward": 3}),
+        ("liger", {"loss": 3}),
+    ):
+        work = work_of("llama-7b", method="full", stack="torch", seq_len=512, loss=loss)
+        heads = [m for m in work.matmuls if m.part == "head"]
+        assert {piece: sum(m.piece == piece for m in heads) for piece in of_head} == of_head
+        assert {m.piece for m in work.matmuls if m.part == "base"} == {"forward", "backward"}
+
+
+def test_the_host_waits_for_the_loss_and_the_device_for_the_layers() -> None:
+    """A step of many short kernels and a long loss takes longer than either side alone."""
+    run = memplan.estimate("qwen3-0.6b", method="lora", stack="torch", micro_batch_size=6)
+    time = step_time(run, H200)
+    assert time.step_seconds > 1.1 * max(time.host_seconds, sum(time.device_seconds.values()))
+
+
 def test_four_bit_weights_are_made_whole_in_every_pass() -> None:
     plain = work_of("llama-7b", method="qlora", stack="torch", seq_len=512).dequantisation
     saved = work_of("llama-7b", method="qlora", stack="torch", seq_len=512, gradient_checkpointing=True).dequantisation
@@ -139,8 +194,11 @@ def test_elementwise_kernels_write_a_share_of_what_the_program_allocates() -> No
     plays = [p for p in estimate.program.plays if p.step == 1 and p.phase in ("forward", "loss")]
     sizes = [size for play in plays for _, size in play.tape if size]
     products = sum(m.out_bytes for m in work.matmuls if m.phase == "forward")
-    assert work.forward.kernels == len(sizes)
-    assert work.forward.written_bytes == sum(sizes) - products > 0
+    both = work.forward + work.loss
+    assert both.kernels == len(sizes)
+    assert both.written_bytes == sum(sizes) - products > 0
+    assert work.loss.written_bytes > 8 * work.tokens * 32000  # fp32 logits, and as many bytes again
+    assert 0 < work.loss.kernels < work.forward.kernels / 32
 
 
 def test_accumulated_steps_repeat_the_second() -> None:

@@ -17,7 +17,7 @@ from memplan.memory.record_head import Head, record_head
 from memplan.memory.resident import Resident, resident
 from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
 from memplan.memory.training_loop import TrainingLoop
-from memplan.ops.tensor import Tape
+from memplan.ops.tensor import AttentionCall, Tape
 
 Link = tuple[int, int, int, int]
 """(to frame, to slot, from frame, from slot)"""
@@ -58,6 +58,8 @@ class Program:
     optimizer_state_bytes: int = 0
     managed_bytes: int = 0
     """Optimizer states in CUDA managed memory (paged optimizers), which no allocator sees."""
+    attentions: list[AttentionCall | None] = field(default_factory=list)
+    """What scaled_dot_product_attention runs in each layer; None where a layer has none."""
 
     def frame(self, kinds: list[str], sizes: dict[int, int]) -> int:
         self.frames.append(Frame(len(kinds), kinds, sizes))
@@ -112,6 +114,7 @@ class Composer:
             workspace_bytes=self.workspace_bytes,
         )
         plan = held.plan
+        self.program.attentions = [layer.attention for layer in first.layers]
         self._load(held)
         optimizer = self._make_optimizer(held)
         for step in range(self.num_steps):

@@ -15,7 +15,7 @@ from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node
 from memplan.ops.device import Device
 from memplan.ops.pointwise import GradList, incoming
-from memplan.ops.tensor import Machine, Parameter, Shape, Storage, Tape, Tensor
+from memplan.ops.tensor import AttentionCall, Machine, Parameter, Shape, Storage, Tape, Tensor
 
 PORT_X = 0
 PORT_DY = 1
@@ -69,6 +69,8 @@ class Segment:
     """Bytes of every slot, ports included."""
     first_calls: list[tuple[str, Tape, int]] = field(default_factory=list)
     """Where on each of its tapes cuBLAS and cuBLASLt first run."""
+    attention: AttentionCall | None = None
+    """What a layer's scaled_dot_product_attention runs; None where it has none."""
 
 
 class Recorder:
@@ -164,4 +166,5 @@ def finish(
         keeps_shared=keeps_shared,
         sizes=sizes,
         first_calls=machine.first_calls,
+        attention=machine.attention,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, attach, record, save_result
 from memplan.ops.pointwise import GradList
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import AttentionCall, Tensor
 
 MAX_HEAD_DIM = 256
 FORWARD_WORKSPACE_BYTES = BACKWARD_CONSTANT_BYTES = 256
@@ -27,6 +27,7 @@ def takes_cudnn(q: Tensor, v: Tensor) -> bool:
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q [B, N, S, H], k and v [B, K, S, H]: the result in token order, [B, S, N, H]."""
     m = q.machine
+    m.attention = AttentionCall("cudnn", q.dtype, mask is not None)
     if mask is not None and not mask.dtype.is_floating:
         mask = m.empty(mask.shape, q.dtype)
     saved = (q, k, v) if mask is None else (q, k, v, mask)

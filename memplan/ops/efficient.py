@@ -10,7 +10,7 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, attach, record, save_result
 from memplan.ops.pointwise import GradList, incoming
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import AttentionCall, Tensor
 
 MASK_ALIGNMENT = 8
 BLOCK_QUERIES = 64
@@ -19,6 +19,7 @@ BLOCK_QUERIES = 64
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q, k, v [B, N, S, H]: the result in token order, [B, S, N, H]."""
     m = q.machine
+    m.attention = AttentionCall("efficient", q.dtype, mask is not None)
     if mask is not None:
         mask = additive_mask(mask, q.dtype)
         if mask.shape[-1] % MASK_ALIGNMENT:  # `pad_bias`

@@ -12,7 +12,7 @@ from __future__ import annotations
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, attach, record, save_result
 from memplan.ops.pointwise import GradList, slice_last
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import AttentionCall, Tensor
 
 MAX_HEAD_DIM = 256
 """sdp_utils.cpp `check_head_dim_size_flash`."""
@@ -26,6 +26,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, N, S, H], k and v [B, K, S, H]: the result in token order, [B, S, N, H], so that `.contiguous()` of it
     is free."""
     width = q.shape[-1]
+    q.machine.attention = AttentionCall("flash", q.dtype, masked=False)
     if width % 8:
         padded = -(-width // 8) * 8
         output = _attend(pad_last(q, padded), pad_last(k, padded), pad_last(v, padded))

@@ -24,7 +24,7 @@ from memplan.ops.pointwise import (
     same_size_backward,
     to,
 )
-from memplan.ops.tensor import Tensor
+from memplan.ops.tensor import AttentionCall, Tensor
 
 
 def math_attention(
@@ -38,6 +38,7 @@ def math_attention(
     m = q.machine
     batch, heads, tokens, _ = q.shape
     copies = batch > 1
+    m.attention = AttentionCall("products", q.dtype, masked=True)
     q = mul_number(q)
     if mask is None:
         ones = m.empty((tokens, tokens), DType.bool8)
@@ -85,6 +86,7 @@ def _over_one_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     # `.expand().reshape()` copies what it cannot see as [B * N, S, H], as bmm would have it
     repeat = expand_copy if batch > 1 else expand_view
     q, k, v = to(q, DType.fp32), to(k, DType.fp32), to(v, DType.fp32)
+    q.machine.attention = AttentionCall("products", DType.fp32, masked=True)
     scaled_q = mul_number(q)
     scaled_k = mul_number(k)
     query = contiguous(scaled_q) if batch > 1 else scaled_q

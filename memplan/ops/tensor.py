@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,24 @@ def round_block(num_bytes: int) -> int:
     return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What scaled_dot_product_attention came down to: the tape shows its memory, this its arithmetic."""
+
+    kernel: str
+    """`cudnn`, `flash`, `efficient`, or `products`: matrix products, one after the other."""
+    dtype: DType
+    """In which it multiplies."""
+    masked: bool
+    """It takes a mask, and so computes what the mask hides too."""
+
+
 class Machine:
     """Records one segment of a step: the tape, what each slot is for, and PyTorch's global modes."""
 
     __slots__ = (
-        "autocast", "cast_cache", "device", "first_calls", "grad_enabled", "kind", "kinds", "num_slots", "pack", "seq",
-        "tape",
+        "attention", "autocast", "cast_cache", "device", "first_calls", "grad_enabled", "kind", "kinds", "num_slots",
+        "pack", "seq", "tape",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +72,8 @@ class Machine:
         self.seq = 0
         self.first_calls: list[tuple[str, Tape, int]] = []
         """Where each library of matrix products first ran: its name, the tape, the number of events before."""
+        self.attention: AttentionCall | None = None
+        """The last one; None where attention is written out as matrix products."""
 
     def new_tape(self) -> Tape:
         """Ends the current tape and starts another; returns the ended one."""

@@ -5,19 +5,27 @@ dX             the same                                  wherever a gradient is 
 dW             the same                                  trained weights only: LoRA leaves it out for its base
 recompute      forward once more                         each layer, under gradient checkpointing
 attention      4 * B * heads * S**2 * head_dim forward, 2.5 times that in backward (it recomputes the scores);
-               half of both where the kernel skips what the causal mask hides
+               half of both where the kernel skips what the causal mask hides; twice the forward in backward where
+               attention is matrix products
                (Dao et al. 2022, "FlashAttention", section 3 and appendix B; Dao 2023, section 3.1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memplan.dtypes import DType
 from memplan.model_spec import ModelSpec
+from memplan.ops.loss_liger import builds_logits
+from memplan.ops.tensor import AttentionCall
 from memplan.timing.layers import Linear
 from memplan.train_config import TrainConfig
+
+PIECES = ("forward", "loss", "loss_backward", "backward")
+"""A micro-step in the order in which it runs. The output head goes with the loss: few kernels and long ones, between
+the layers' many short ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class Matmul:
     """`forward`, `recompute`, `dx` or `dw`."""
     part: str
     """As of its `Linear`."""
+    piece: str = "forward"
+    """Of the micro-step, one of `PIECES`."""
     groups: int = 1
     """Of a grouped product: matrices multiplied in one kernel; `rows` is of all of them together."""
 
@@ -60,17 +70,21 @@ class AttentionWork:
     """`count` layers' attention of one kernel in one pass."""
 
     flops: int
-    kernel: str
-    """`flash`, `efficient` or `eager`."""
-    dtype: DType
+    call: AttentionCall
     count: int
     seq_len: int
     phase: str
+
+    @property
+    def piece(self) -> str:
+        return "forward" if self.phase == "forward" else "backward"
 
 
 def matmuls(layers: list[Linear], spec: ModelSpec, config: TrainConfig) -> Iterator[Matmul]:
     """The products of one micro-step."""
     tokens = config.tokens_per_micro_batch
+    # Liger's loss has its gradients before backward begins
+    at_once = config.loss == "liger" and not builds_logits(config.loss, spec.model_type)
     for linear in layers:
         rows = tokens * (spec.num_experts_per_tok if linear.part == "experts" else 1)
         cols, depth, times = linear.out_features, linear.in_features, 1
@@ -84,7 +98,7 @@ def matmuls(layers: list[Linear], spec: ModelSpec, config: TrainConfig) -> Itera
             shape: tuple[int, int, int] = (rows, cols, depth),
             of: Linear = linear,
         ) -> Matmul:
-            return Matmul(*shape, of.dtype, count, phase, of.part, of.groups)
+            return Matmul(*shape, of.dtype, count, phase, of.part, _piece(phase, of.part, at_once), of.groups)
 
         yield product("forward", linear.count * times)
         yield product("dx", linear.count)
@@ -96,8 +110,15 @@ def matmuls(layers: list[Linear], spec: ModelSpec, config: TrainConfig) -> Itera
             yield product("recompute", linear.count)
 
 
-def attention_dtype(config: TrainConfig) -> DType:
-    """dtype of queries, keys and values: that of the hidden states unless autocast."""
+def _piece(phase: str, part: str, at_once: bool) -> str:
+    if part == "head":
+        return "loss" if phase == "forward" or at_once else "loss_backward"
+    return "forward" if phase == "forward" else "backward"
+
+
+def written_out_dtype(config: TrainConfig) -> DType:
+    """dtype in which attention that a model writes out as matrix products multiplies: that of the hidden states unless
+    autocast."""
     if config.autocast:
         return DType.bf16
     if config.method == "qlora" and config.kbit_prep:
@@ -105,36 +126,20 @@ def attention_dtype(config: TrainConfig) -> DType:
     return DType[config.weight_dtype]
 
 
-def attention_kernel(spec: ModelSpec, config: TrainConfig, window: int | None) -> tuple[str, bool]:
-    """The kernel and whether it skips the masked half (a mask tensor makes it compute the whole square)."""
-    dtype = attention_dtype(config)
-    if config.attention == "eager":
-        return "eager", False
-    if config.attention == "flash_attention_2":
-        return "flash", True
-    masked = config.padding or spec.alibi or (window is not None and window <= config.seq_len)
-    if masked:
-        return "efficient", False
-    same = spec.qk_head_dim == spec.value_head_dim <= 256
-    return ("flash", True) if dtype.is_half and same else ("efficient", True)
-
-
-def attentions(spec: ModelSpec, config: TrainConfig) -> Iterator[AttentionWork]:
-    """Attention of one micro-step, layers of equal window together."""
-    windows: dict[int | None, int] = {}
-    for layer in range(spec.num_hidden_layers):
-        window = spec.layer_window(layer)
-        windows[window] = windows.get(window, 0) + 1
-    tokens, dtype = config.seq_len, attention_dtype(config)
-    for window, count in windows.items():
-        kernel, skips = attention_kernel(spec, config, window)
-        seen = min(tokens, window) if kernel == "flash" and window is not None else tokens
+def attentions(spec: ModelSpec, config: TrainConfig, calls: Sequence[AttentionCall | None]) -> Iterator[AttentionWork]:
+    """Attention of one micro-step; `calls` say what each layer runs, None for matrix products of the model's own.
+    Layers of equal window and kernel go together."""
+    written_out = AttentionCall("products", written_out_dtype(config), masked=True)
+    kinds = Counter((call or written_out, spec.layer_window(layer)) for layer, call in enumerate(calls))
+    tokens = config.seq_len
+    for (call, window), count in kinds.items():
+        seen = tokens if call.masked or window is None else min(tokens, window)
         pairs = config.micro_batch_size * spec.num_attention_heads * tokens * seen
         flops = 2 * pairs * (spec.qk_head_dim + spec.value_head_dim) * count
-        if skips and seen == tokens:
+        if not call.masked and seen == tokens:
             flops //= 2
-        backward = flops * 2 if kernel == "eager" else flops * 5 // 2
-        yield AttentionWork(flops, kernel, dtype, count, tokens, "forward")
-        yield AttentionWork(backward, kernel, dtype, count, tokens, "backward")
+        backward = flops * 2 if call.kernel == "products" else flops * 5 // 2
+        yield AttentionWork(flops, call, count, tokens, "forward")
+        yield AttentionWork(backward, call, count, tokens, "backward")
         if config.gradient_checkpointing:
-            yield AttentionWork(flops, kernel, dtype, count, tokens, "recompute")
+            yield AttentionWork(flops, call, count, tokens, "recompute")

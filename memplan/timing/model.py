@@ -1,7 +1,8 @@
 """Seconds of a step: the host launches kernels, the device runs them, and the later of the two decides.
 
-Launching is asynchronous, so within a phase both run at once, and a device that lags behind lets the host run ahead
-into the next phase: end = max(end + device, host's begin + max(host, device)), phase by phase.
+Launching is asynchronous, so within a piece of the step both run at once, and a device that lags behind lets the host
+run ahead into the next piece: end = max(end + device, host's begin + max(host, device)), piece by piece. Layers have
+many short kernels and wait for the host; the loss has few long ones, for which the host waits.
 
 The host waits where it reads a result: Trainer looks whether each loss is a number (transformers 5.17 trainer.py,
 `logging_nan_inf_filter`), SFTTrainer reads its metrics after each forward (TRL 1.16 trainer/sft_trainer.py
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
+from memplan.timing.flops import PIECES
 from memplan.timing.profile import fit_for
 from memplan.timing.roofline import Constants, Roofline, roofline
 from memplan.timing.update import PASSES
@@ -83,16 +85,16 @@ def time_of(work: StepWork, config: TrainConfig, gpu: GpuSpec, constants: Consta
     begin = end = host = 0.0
     parts = dict.fromkeys(("matrix products", "attention", "elementwise", "dequantisation", "optimizer"), 0.0)
     for number in range(work.num_micro_steps):
-        for phase in ("forward", "backward"):
-            device = sum(micro[phase].values())
-            if phase in waits_within:
-                begin = end = max(begin, end) + micro_host[phase] + device
+        for piece in PIECES:
+            device = sum(micro[piece].values())
+            if piece in waits_within:
+                begin = end = max(begin, end) + micro_host[piece] + device
             else:
-                begin, end = _advance(begin, end, micro_host[phase], device)
-            if phase in waits_after:
+                begin, end = _advance(begin, end, micro_host[piece], device)
+            if piece in waits_after:
                 begin = end
-            host += micro_host[phase]
-            for name, seconds in micro[phase].items():
+            host += micro_host[piece]
+            for name, seconds in micro[piece].items():
                 parts[name] += seconds
         if number:
             added = line.stream(work.accumulation_bytes)
@@ -122,11 +124,11 @@ def _loops(work: StepWork, gpu: GpuSpec) -> dict[str, int]:
 
 
 def _waits(config: TrainConfig, loops: dict[str, int]) -> tuple[frozenset[str], frozenset[str]]:
-    """Phases within which the host waits again and again, and those after which it waits once."""
+    """Pieces within which the host waits again and again, and those after which it waits once."""
     within = {phase for phase, number in loops.items() if number}
     if config.method == "qlora" and config.quant_type == "int8":
         within |= {"forward", "backward"} if config.gradient_checkpointing else {"forward"}
-    after = {"torch": (), "trainer": ("backward",), "trl": ("forward", "backward")}[config.stack]
+    after = {"torch": (), "trainer": ("backward",), "trl": ("loss", "backward")}[config.stack]
     return frozenset(within), frozenset(after)
 
 
@@ -140,19 +142,20 @@ def _advance(begin: float, end: float, host: float, device: float) -> tuple[floa
 
 
 def _device(work: StepWork, line: Roofline, config: TrainConfig) -> tuple[dict[str, dict[str, float]], float]:
-    """Device seconds of one micro-step by phase and part, and of the update."""
+    """Device seconds of one micro-step by piece and part, and of the update."""
     micro: dict[str, dict[str, float]] = {}
     kernel = line.constants.kernel
     passes = 3 if work.num_checkpoints else 2
     quantised = line.dequantise(work.dequantisation.read_bytes + work.dequantisation.written_bytes)
-    for phase, count, share, tiles in (
-        ("forward", work.forward, 1, work.tile_bytes[0]),
-        ("backward", work.backward, passes - 1, work.tile_bytes[1]),
+    for piece, count, share, tiles in (
+        ("forward", work.forward, 1, 0),
+        ("loss", work.loss, 0, work.tile_bytes[0]),
+        ("loss_backward", work.loss_backward, 0, work.tile_bytes[1]),
+        ("backward", work.backward, passes - 1, 0),
     ):
-        is_forward = phase == "forward"
-        micro[phase] = {
-            "matrix products": sum(line.matmul(m) for m in work.matmuls if (m.phase == "forward") is is_forward),
-            "attention": sum(line.attention(a) for a in work.attentions if (a.phase == "forward") is is_forward),
+        micro[piece] = {
+            "matrix products": sum(line.matmul(m) for m in work.matmuls if m.piece == piece),
+            "attention": sum(line.attention(a) for a in work.attentions if a.piece == piece),
             "elementwise": line.elementwise(count.written_bytes) + line.stream(tiles) + count.kernels * kernel,
             "dequantisation": quantised * share / passes,
         }
@@ -161,7 +164,7 @@ def _device(work: StepWork, line: Roofline, config: TrainConfig) -> tuple[dict[s
 
 
 def _host(work: StepWork, config: TrainConfig, c: Constants, loops: dict[str, int]) -> tuple[dict[str, float], float]:
-    """Host seconds of one micro-step by phase, and of the update."""
+    """Host seconds of one micro-step by piece, and of the update."""
     passes = 3 if work.num_checkpoints else 2
     python = work.dequantisation.calls * c.per_dequantisation / passes
     adapters = work.num_adapters * c.per_adapter
@@ -175,14 +178,21 @@ def _host(work: StepWork, config: TrainConfig, c: Constants, loops: dict[str, in
         update += work.num_trained * c.per_parameter
     if config.stack != "torch":
         update += c.per_trainer_step
-    return {"forward": forward, "backward": backward}, update
+    pieces = {
+        "forward": forward,
+        "loss": work.loss.kernels * c.launch_forward,
+        "loss_backward": work.loss_backward.kernels * c.launch_backward,
+        "backward": backward,
+    }
+    return pieces, update
 
 
 def _floor(work: StepWork, line: Roofline) -> float:
     arithmetic = sum(m.flops / (line.half_flops if m.dtype.is_half else line.fp32_flops) for m in work.matmuls)
-    arithmetic += sum(a.flops / (line.half_flops if a.dtype.is_half else line.fp32_flops) for a in work.attentions)
+    arithmetic += sum(a.flops / (line.half_flops if a.call.dtype.is_half else line.fp32_flops) for a in work.attentions)
     quantised = work.dequantisation.read_bytes + work.dequantisation.written_bytes
-    traffic = work.forward.written_bytes + work.backward.written_bytes + sum(work.tile_bytes) + quantised
+    written = sum(count.written_bytes for count in (work.forward, work.loss, work.loss_backward, work.backward))
+    traffic = written + sum(work.tile_bytes) + quantised
     return (
         work.num_micro_steps * (arithmetic + traffic / line.bandwidth)
         + (work.clip_bytes + work.update_bytes) / line.bandwidth

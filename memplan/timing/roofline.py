@@ -36,7 +36,7 @@ class Constants:
     flash: float = 0.5
     """Share of the peak that fused attention reaches at long sequences."""
     efficient: float = 0.2
-    """The same of the memory-efficient kernel with a mask."""
+    """The same of a kernel that takes a mask, and of the memory-efficient one."""
     attention_fp32: float = 0.5
     """The same of attention in fp32, of the fp32 peak."""
     half_tokens: float = 256.0
@@ -119,13 +119,14 @@ class Roofline:
     def attention(self, a: AttentionWork) -> float:
         """Seconds of `a`, all its layers."""
         c = self.constants
-        if a.kernel == "eager":
-            rate = self.half_flops * c.matmul if a.dtype.is_half else self.fp32_flops * c.matmul_fp32
+        is_half = a.call.dtype.is_half
+        if a.call.kernel == "products":
+            rate = self.half_flops * c.matmul if is_half else self.fp32_flops * c.matmul_fp32
             return a.flops / rate
-        if not a.dtype.is_half:
+        if not is_half:
             rate = self.fp32_flops * c.attention_fp32
         else:
-            rate = self.half_flops * (c.flash if a.kernel == "flash" else c.efficient)
+            rate = self.half_flops * (c.efficient if a.call.masked or a.call.kernel == "efficient" else c.flash)
         return a.flops / rate * (a.seq_len + c.half_tokens) / a.seq_len
 
     def elementwise(self, written_bytes: int) -> float:

@@ -15,7 +15,7 @@ from memplan.memory.program import Play, Program
 from memplan.model_spec import ModelSpec
 from memplan.ops.quantized import dequantises
 from memplan.ops.tensor import Tape
-from memplan.timing.flops import AttentionWork, Matmul, attentions, matmuls
+from memplan.timing.flops import PIECES, AttentionWork, Matmul, attentions, matmuls
 from memplan.timing.layers import Linear, linears
 from memplan.timing.update import clip_bytes, update_bytes
 from memplan.train_config import TrainConfig
@@ -56,8 +56,11 @@ class StepWork:
     attentions: tuple[AttentionWork, ...]
     dequantisation: Dequantisation
     forward: Count
+    """Of embedding and layers."""
+    loss: Count
+    loss_backward: Count
     backward: Count
-    """Recomputation included."""
+    """Of layers and embedding, recomputation included."""
     recomputed: Count
     """The part of `backward` that runs forward again."""
     num_adapters: int
@@ -106,20 +109,22 @@ def step_work(
     products = tuple(matmuls(layers, spec, config))
     quantised = _dequantisation(layers, config)
     micro, update = _counts(program)
-    forward, backward = micro[-1]
     own = _own_bytes(products, quantised, config)
+    counts = {
+        piece: replace(count, written_bytes=max(0, count.written_bytes - own[piece]))
+        for piece, count in micro[-1].items()
+    }
     trained = [w for w in program.weights if w.trains]
     recomputed = Count()
     if config.gradient_checkpointing:
-        recomputed = Count(forward.kernels, 0)
+        recomputed = Count(counts["forward"].kernels, 0)
     return StepWork(
         num_micro_steps=num_micro_steps or config.gradient_accumulation_steps,
         tokens=config.tokens_per_micro_batch,
         matmuls=products,
-        attentions=tuple(attentions(spec, config)),
+        attentions=tuple(attentions(spec, config, program.attentions)),
         dequantisation=quantised,
-        forward=replace(forward, written_bytes=max(0, forward.written_bytes - own[0])),
-        backward=replace(backward, written_bytes=max(0, backward.written_bytes - own[1])),
+        **counts,
         recomputed=recomputed,
         num_adapters=(
             sum(layer.count for layer in layers if layer.part == "adapter") // 2
@@ -149,13 +154,14 @@ def _dequantisation(layers: list[Linear], config: TrainConfig) -> Dequantisation
     return Dequantisation(calls, read, written)
 
 
-def _own_bytes(products: tuple[Matmul, ...], quantised: Dequantisation, config: TrainConfig) -> tuple[int, int]:
-    """Bytes that matrix products and dequantisation write into tensors of their own, forward and backward."""
+def _own_bytes(products: tuple[Matmul, ...], quantised: Dequantisation, config: TrainConfig) -> dict[str, int]:
+    """Bytes that matrix products and dequantisation write into tensors of their own, by piece."""
     seen = [m for m in products if m.part != "head" or config.loss == "full"]  # else logits are tiles of one buffer
-    forward = sum(m.out_bytes for m in seen if m.phase == "forward")
-    backward = sum(m.out_bytes for m in seen if m.phase != "forward")
+    own = {piece: sum(m.out_bytes for m in seen if m.piece == piece) for piece in PIECES}
     passes = 3 if config.gradient_checkpointing else 2
-    return forward + quantised.written_bytes // passes, backward + quantised.written_bytes * (passes - 1) // passes
+    own["forward"] += quantised.written_bytes // passes
+    own["backward"] += quantised.written_bytes * (passes - 1) // passes
+    return own
 
 
 def _tile_bytes(spec: ModelSpec, config: TrainConfig) -> tuple[int, int]:
@@ -168,25 +174,25 @@ def _tile_bytes(spec: ModelSpec, config: TrainConfig) -> tuple[int, int]:
     return (logits, 2 * logits) if config.loss == "chunked" else (3 * logits, 0)
 
 
-def _counts(program: Program) -> tuple[list[tuple[Count, Count]], Count]:
-    """(forward, backward) of each micro-step of the last step, and the update."""
+def _counts(program: Program) -> tuple[list[dict[str, Count]], Count]:
+    """The pieces of each micro-step of the last step, and the update."""
     last = program.plays[-1].step
-    micro: list[tuple[Count, Count]] = []
+    micro: list[dict[str, Count]] = []
     update = Count()
     sums: dict[int, Count] = {}
-    before = ""
+    before, head = "", -1
     for play in _plays_of(program, last):
         count = sums.get(id(play.tape))
         if count is None:
             count = sums[id(play.tape)] = _count(play.tape)
         if play.phase == "forward" and before != "forward":
-            micro.append((Count(), Count()))
+            micro.append(dict.fromkeys(PIECES, Count()))
+        if play.phase == "loss" and before != "loss":
+            head = play.frame
         before = play.phase
-        forward, backward = micro[-1]
-        if play.phase in ("forward", "loss"):
-            micro[-1] = forward + count, backward
-        elif play.phase == "backward":
-            micro[-1] = forward, backward + count
+        if play.phase in ("forward", "loss", "backward"):
+            piece = "loss_backward" if play.phase == "backward" and play.frame == head else play.phase
+            micro[-1][piece] += count
         else:
             update += count
     return micro, update
