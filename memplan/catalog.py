@@ -1,7 +1,7 @@
 """Models by name: the bundled `model_specs/*.json`, a user's config, or a repository of the Hugging Face Hub.
 
-A bundled spec is a Hugging Face config plus `name`, `aliases`, `source`, `num_parameters`, `hf_repo` and
-`notes`. Its file is named after it, so one name costs one small file; the others are read only for an alias.
+A bundled spec is a Hugging Face config plus `name`, `aliases`, `source`, `num_parameters`, `hf_repo`, `notes` and
+`left_out`. Its file is named after it, so one name costs one small file; the others are read only for an alias.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import InvalidSpecError, MemplanError, UnknownNameError
-from memplan.hf_config import MAX_FILE_BYTES, read_config
+from memplan.hf_config import read_config
 from memplan.model_spec import ModelSpec
+from memplan.prequantized import storage_fields
+from memplan.safetensors_header import Stored, stored_in
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_TIMEOUT_S = 5.0
 
 
 @cache
@@ -47,25 +48,54 @@ def load(name_or_path: str | os.PathLike[str]) -> ModelSpec:
         InvalidSpecError: a config was found and cannot be used.
         MemplanError: the Hub was needed and could not answer.
     """
-    text = os.fspath(name_or_path)
-    if isinstance(name_or_path, str):
-        if _FILE_NAME.fullmatch(text.lower()) and _is_there(spec_dir() / f"{text.lower()}.json"):
-            return _bundled(text.lower())
-        name = _index().get(_key(text))
-        if name is not None:
-            return _bundled(name)
-    path = Path(os.path.expanduser(text))
-    if _is_there(path / "adapter_config.json") and not _is_there(path / "config.json"):
-        return load(_base_model(path))
+    name = _bundled_name(name_or_path)
+    if name is not None:
+        return _bundled(name)
+    text, folder = os.fspath(name_or_path), _adapter_folder(name_or_path)
+    if folder is not None and not _is_there(folder / "config.json"):
+        return load(_base_model(folder))
+    path = folder or Path(os.path.expanduser(text))
     is_path = not isinstance(name_or_path, str) or text.startswith((".", "/", "~")) or path.suffix == ".json"
     if is_path or _is_there(path):
-        return ModelSpec.from_hf_config(path)
+        spec = ModelSpec.from_hf_config(path)
+        return _counted(spec, stored_in(path if path.is_dir() else path.parent))
     if _HUB_ID.fullmatch(text):
         return _from_hub(text)
     raise UnknownNameError("model", text, names(), listed_by="memplan models")
 
 
-_CATALOGUE_KEYS = ("name", "aliases", "source", "num_parameters", "hf_repo", "notes")
+def load_with_settings(model: ModelSpec | str | os.PathLike[str]) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec, and the fields of TrainConfig that its files decide where the user says nothing: the settings of a
+    folder's adapter, the storage of a checkpoint that comes quantised.
+
+    Raises:
+        MemplanError: as `load`; an adapter or a storage that is not modelled.
+    """
+    if isinstance(model, ModelSpec):
+        return model, storage_fields(model)
+    spec, folder = load(model), None if _bundled_name(model) else _adapter_folder(model)
+    return spec, (adapter_settings(folder) if folder else {}) | storage_fields(spec)
+
+
+def _bundled_name(name_or_path: str | os.PathLike[str]) -> str | None:
+    """The bundled model of that name; a Path is never a name."""
+    if not isinstance(name_or_path, str):
+        return None
+    lowered = name_or_path.lower()
+    if _FILE_NAME.fullmatch(lowered) and _is_there(spec_dir() / f"{lowered}.json"):
+        return lowered
+    return _index().get(_key(name_or_path))
+
+
+def _adapter_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The folder with an `adapter_config.json` that is meant, if one is."""
+    path = Path(os.path.expanduser(os.fspath(name_or_path)))
+    if path.name == "adapter_config.json":
+        path = path.parent
+    return path if _is_there(path / "adapter_config.json") else None
+
+
+_CATALOGUE_KEYS = ("name", "aliases", "source", "num_parameters", "hf_repo", "notes", "left_out")
 
 
 def source_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -126,45 +156,28 @@ def nearest(text: str) -> str | None:
 
 
 def _from_hub(repo: str) -> ModelSpec:
-    """The spec of a repository on the Hub: its `config.json`, from the local cache or else downloaded.
+    """The spec of a repository on the Hub: see `memplan.hub`."""
+    from memplan import hub
 
-    `huggingface_hub` itself honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
-    """
     near = nearest(repo)
     hints = [f"`{near}` is bundled and needs no download"] if near else ["`memplan models` lists the bundled ones"]
     hints.append("or give the path of its `config.json`")
     try:
-        import httpx  # what huggingface_hub asks with
-        from huggingface_hub import errors as hub
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    except ImportError:
-        raise MemplanError(
-            f"`{repo}` is not bundled, and reading the Hugging Face Hub needs the package `huggingface-hub`",
-            hints=["pip install 'memplan[hub]'", *hints],
-        ) from None
-
-    try:
-        path = try_to_load_from_cache(repo, "config.json")
-        if not isinstance(path, str):
-            # Asked once, without the download's minute of retries, so that no network is said at once.
-            found = get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_HUB_TIMEOUT_S)
-            if (found.size or 0) > MAX_FILE_BYTES:
-                raise InvalidSpecError(f"`{repo}`: its `config.json` has {found.size} bytes, too many for one")
-            path = hf_hub_download(repo, "config.json", etag_timeout=_HUB_TIMEOUT_S)
-    except hub.GatedRepoError:
-        hints.insert(0, "ask for access on its page, then log in with `hf auth login`")
-        raise MemplanError(f"`{repo}` is gated: its owner grants access one by one", hints=hints) from None
-    except (hub.RepositoryNotFoundError, hub.HFValidationError):
+        path = hub.config_file(repo, hints)
+    except hub.NoSuchRepositoryError:
         raise UnknownNameError("model", repo, names(), listed_by="memplan models") from None
-    except hub.RemoteEntryNotFoundError:
-        raise InvalidSpecError(f"`{repo}` holds no `config.json`", hints=hints) from None
-    except (hub.OfflineModeIsEnabled, hub.HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MemplanError(
-            f"`{repo}` is not bundled, and the Hugging Face Hub cannot be reached: {reason}", hints=hints
-        ) from None
     spec = ModelSpec.from_hf_config(path)
-    return spec.model_copy(update={"name": repo, "hf_repo": repo, "source": f"config.json of {repo}"})
+    named = {"name": repo, "hf_repo": repo, "source": f"config.json of {repo}"}
+    return _counted(spec, hub.stored_parameters(repo, path)).model_copy(update=named)
+
+
+def _counted(spec: ModelSpec, stored: Stored | None) -> ModelSpec:
+    """`spec` with the parameters that its checkpoint holds, where its config does not say and they are plain ones."""
+    if stored is None or spec.num_parameters is not None or spec.quantization_config:
+        return spec
+    if spec.part_of and not stored.num_other:  # a total over towers that are not told apart
+        return spec
+    return spec.model_copy(update={"num_parameters": stored.num_elements - (stored.num_other if spec.part_of else 0)})
 
 
 def _base_model(folder: Path) -> str:
@@ -174,18 +187,32 @@ def _base_model(folder: Path) -> str:
     return base
 
 
+# Keys of LoraConfig (PEFT 0.21) that give some layers another adapter than the rest, or train more than adapters.
+_ONE_FOR_ALL = (
+    "rank_pattern", "layers_to_transform", "exclude_modules", "layer_replication", "target_parameters", "bias",
+    "trainable_token_indices", "lora_bias",
+)  # fmt: skip
+
+
 def adapter_settings(path: str | Path) -> dict[str, Any]:
     """TrainConfig's adapter fields from a PEFT `adapter_config.json`, or from a folder that holds one.
 
     That is `rank`, `target_modules`, `lora_dropout`, `use_dora` and `modules_to_save`, as far as it says.
 
     Raises:
-        InvalidSpecError: no such file, not a JSON object, or not a LoRA adapter.
+        InvalidSpecError: no such file, not a JSON object, not a LoRA adapter, or one with settings that memplan has
+            no part for.
     """
     raw, where = _adapter(Path(path))
     kind = str(raw.get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise InvalidSpecError(f"{where}: a `{kind}` adapter; memplan knows LoRA")
+    for key in _ONE_FOR_ALL:
+        if raw.get(key) not in (None, "none", False, [], {}):
+            raise InvalidSpecError(
+                f"{where}: `{key}` is not modelled",
+                hints=["name the base model, and give `--rank` and `--target-modules` for all its layers"],
+            )
     settings: dict[str, Any] = {"rank": raw.get("r"), "lora_dropout": raw.get("lora_dropout")}
     targets = raw.get("target_modules")
     # PEFT writes a set, in no order; a string is `all-linear` or one name.

@@ -14,15 +14,10 @@ from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.runtime import device_for, runtime_for
 from memplan.ops.device import Device
 from memplan.residuals import band
-from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, Method
+from memplan.train_config import NO_USE_FOR, Method
 
 Verdict = Literal["fits", "close", "does not fit"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
-_HAVE_NO_USE_FOR: dict[str, tuple[str, ...]] = {
-    "full": (*ADAPTER_FIELDS, *QUANT_FIELDS),
-    "lora": QUANT_FIELDS,
-    "qlora": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +104,7 @@ def compare(
         raise MemplanError(f"`variants` is a number of models to store, not {num_variants}")
     runs = []
     for method in METHODS:
-        run = {name: value for name, value in given.items() if name not in _HAVE_NO_USE_FOR[method]}
+        run = {name: value for name, value in given.items() if name not in NO_USE_FOR[method]}
         runs.append(estimate(model, run, gpu=gpu, allocator=allocator, method=method))
     asked = {row.name: row for row in map(gpus.get, gpus.COMMON)}
     if runs[0].gpu is not None:

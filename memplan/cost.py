@@ -14,7 +14,6 @@ from memplan.dataset import CHARS_PER_TOKEN, TokenCounts, count_tokens
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import Estimate, ModelLike, make_config
 from memplan.gpus import GpuSpec
-from memplan.model_spec import ModelSpec
 from memplan.prices import Kind, Price, cheapest, load_prices, prices
 from memplan.timing.model import StepTime, step_time
 from memplan.timing.profile import fit_for
@@ -90,8 +89,8 @@ def cost(
             zero; a price that is not above zero; a GPU whose peaks are not known.
     """
     card = gpus.get(gpu) if isinstance(gpu, str) else gpu
-    spec = model if isinstance(model, ModelSpec) else catalog.load(model)
-    run = make_config(config, **fields)
+    spec, decided = catalog.load_with_settings(model)
+    run = make_config(config, decided=decided, **fields)
     counts = _dataset(dataset, tokenizer, chars_per_token, text_field)
     amount = amount_of(run, num_tokens=num_tokens, num_samples=num_samples, counts=counts, epochs=epochs)
     paid, price_notes = price_of(

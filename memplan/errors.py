@@ -2,6 +2,7 @@
 
 MemplanError            one `error:` line, `hint:` lines, exit code 2
 ├── UnknownNameError    a name that no table holds; suggests the nearest ones
+│   └── NotModelledError  a family that exists and is not modelled; names the nearest that is
 └── InvalidSpecError    a model file or config that cannot be read
 """
 
@@ -35,6 +36,15 @@ class UnknownNameError(MemplanError):
             hints.append(f"`{listed_by}` lists them")
         super().__init__(f"unknown {kind} `{name}`", hints=hints)
         self.near = tuple(near)
+
+
+class NotModelledError(UnknownNameError):
+    """A family that exists and that memplan has no operations for; `near` holds the nearest that it has."""
+
+    def __init__(self, message: str, nearest: str) -> None:
+        hint = f"the nearest family is `{nearest}`: `memplan models --family {nearest}` lists its models"
+        MemplanError.__init__(self, message, hints=[hint])
+        self.near = (nearest,)
 
 
 class InvalidSpecError(MemplanError):

@@ -24,7 +24,8 @@ from memplan.memory.runtime import Runtime, device_for, runtime_for
 from memplan.memory.simulate import Simulation, simulate
 from memplan.model_spec import ModelSpec
 from memplan.ops.tensor import round_block
-from memplan.train_config import TrainConfig
+from memplan.prequantized import check_storage
+from memplan.train_config import NO_USE_FOR, TrainConfig
 
 ModelLike = ModelSpec | str | os.PathLike[str]
 COMPONENTS = (
@@ -57,10 +58,11 @@ class Estimate:
         self.gpu = gpu
         self.allocator_config = allocator or AllocatorConfig()
         self.runtime: Runtime = runtime_for(gpu)
+        check_storage(model, config)
         decoder = decoder_for(model, config, device_for(gpu))
         self.program: Program = Composer(decoder, workspace_bytes=self.runtime.workspace_bytes).compose()
         self.ledger: Ledger = fold(self.program)
-        self.warnings: tuple[str, ...] = tuple(decoder.warnings())
+        self.warnings: tuple[str, ...] = (*decoder.warnings(), *_count_warning(model, self.program))
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -147,6 +149,21 @@ class Estimate:
         return self.program.optimizer_state_bytes
 
 
+def _count_warning(model: ModelSpec, program: Program) -> list[str]:
+    """That the config or the files of the model tell of another number of parameters than its family builds."""
+    declared = model.num_parameters
+    counted = sum(w.numel for w in program.weights if w.kind == "weights" and not w.buffer)
+    stored_head = model.vocab_size * (model.word_embed_proj_dim or model.hidden_size) * model.tie_word_embeddings
+    if declared is None or declared - counted in (0, stored_head):  # files may hold a tied head a second time
+        return []
+    more = declared > counted
+    return [
+        f"the model says that it has {declared:,} parameters, and `{model.model_type}` of these sizes has {counted:,}: "
+        f"{abs(declared - counted):,} ({abs(declared - counted) / declared * 100:.2g} %) "
+        f"{'are not' if more else 'too many are'} counted"
+    ]
+
+
 def estimate(
     model: ModelLike,
     config: TrainConfig | Mapping[str, Any] | None = None,
@@ -166,23 +183,33 @@ def estimate(
     Raises:
         MemplanError: an unknown model, GPU or optimizer, or fields that make no run.
     """
-    spec = model if isinstance(model, ModelSpec) else catalog.load(model)
-    run = make_config(config, **fields)
+    spec, decided = catalog.load_with_settings(model)
+    run = make_config(config, decided=decided, **fields)
     card = gpus.get(gpu) if isinstance(gpu, str) else gpu
     settings = AllocatorConfig.parse(allocator) if isinstance(allocator, str) else allocator
     return Estimate(spec, run, card, settings)
 
 
-def make_config(config: TrainConfig | Mapping[str, Any] | None = None, **fields: Any) -> TrainConfig:
+def make_config(
+    config: TrainConfig | Mapping[str, Any] | None = None, *, decided: Mapping[str, Any] | None = None, **fields: Any
+) -> TrainConfig:
     """A TrainConfig from one, from a mapping, or from keywords; keywords win.
+
+    `decided` is what the model's files say where the user does not (`catalog.load_with_settings`); what the run's
+    method has no use for is left out.
 
     Raises:
         MemplanError: what pydantic finds wrong, in one line.
     """
     try:
-        if isinstance(config, TrainConfig):
+        if isinstance(config, TrainConfig) and not decided:
             return config.but(**fields) if fields else config
-        return TrainConfig(**{**(config or {}), **fields})
+        if isinstance(config, TrainConfig):
+            config = config.model_dump(include=config.model_fields_set)
+        said = {**(config or {}), **fields}
+        method = said.get("method", (decided or {}).get("method", "lora"))
+        unused = NO_USE_FOR.get(str(method), ())
+        return TrainConfig(**{name: value for name, value in (decided or {}).items() if name not in unused} | said)
     except ValidationError as error:
         raise MemplanError(*_one_line(error)) from None
 

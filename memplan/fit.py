@@ -262,8 +262,8 @@ def _fitter(
     allocator: AllocatorConfig | str | None,
     fields: Mapping[str, Any],
 ) -> tuple[Fitter, TrainConfig]:
-    spec = model if isinstance(model, ModelSpec) else catalog.load(model)
-    run = make_config(config, **fields)
+    spec, decided = catalog.load_with_settings(model)
+    run = make_config(config, decided=decided, **fields)
     if isinstance(gpu, str) and gpu.strip().lower() == "auto":
         found = gpus.detect()
         card, capacity = found.spec, found.free_bytes if free_only else found.total_bytes

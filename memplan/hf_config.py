@@ -13,8 +13,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memplan.errors import InvalidSpecError, UnknownNameError
-from memplan.hf_families import FAMILIES, OLD_MODEL_TYPES, OTHER_KEYS, TEXT_MODEL_TYPES, Family
+from memplan.errors import InvalidSpecError, NotModelledError, UnknownNameError
+from memplan.hf_families import (
+    FAMILIES,
+    FLAT_TEXT_CONFIGS,
+    NOT_MODELLED,
+    OLD_MODEL_TYPES,
+    OTHER_KEYS,
+    TEXT_MODEL_TYPES,
+    TEXT_MODELS_OF_FAMILY,
+    Family,
+)
 from memplan.hf_rules import FAMILY_RULES, fill_rotary, fill_sliding, fill_widths
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -40,6 +49,7 @@ _DECIDING = (
 )  # fmt: skip
 _CATALOGUE: dict[str, type] = {
     "name": str, "aliases": list, "source": str, "num_parameters": int, "hf_repo": str, "notes": list,
+    "left_out": list,
 }  # fmt: skip
 # Keys that make transformers build or compute something memplan has no part for.
 _NOT_MODELLED = {
@@ -108,17 +118,17 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         UnknownNameError: a `model_type` that memplan does not know.
         InvalidSpecError: no `model_type`, or a key of the wrong kind.
     """
-    text, notes = _text_model(raw)
+    text, part_of = _text_model(raw)
     named = text.get("model_type")
     if not isinstance(named, str):
         raise InvalidSpecError(
             "`model_type` is missing" if named is None else "`model_type` is not a string",
             hints=["it is the first key of a Hugging Face `config.json`, such as `llama`"],
         )
-    model_type = OLD_MODEL_TYPES.get(named, named)
+    model_type = OLD_MODEL_TYPES.get(named) or TEXT_MODELS_OF_FAMILY.get(named, named)
     if model_type not in FAMILIES:
-        raise UnknownNameError("model type", named, FAMILIES)
-    known = _defaults()[model_type]
+        raise _unknown(named, part_of)
+    known = _defaults()[named if named in TEXT_MODELS_OF_FAMILY else model_type]
     config = known | _given(model_type, named, text)
     family = FAMILIES[model_type]
 
@@ -133,7 +143,10 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     fill_rotary(fields, config, family)
     if model_type in FAMILY_RULES:
         FAMILY_RULES[model_type](fields, config)
-    notes += _notes(model_type, family, text)
+    left_out = _left_out(model_type, family, text)
+    if part_of is not None:
+        left_out.insert(0, f"only the language model of `{part_of}` is estimated: its other towers are left out")
+    fields["part_of"] = part_of
 
     for name in (
         "num_experts",
@@ -147,23 +160,33 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     dtype = text.get("dtype") or text.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype")
     fields["torch_dtype"] = dtype if isinstance(dtype, str) else None
     fields |= {k: raw[k] for k, kind in _CATALOGUE.items() if isinstance(raw.get(k), kind)}
-    fields["notes"] = (*fields.get("notes", ()), *notes)
+    fields["left_out"] = tuple(dict.fromkeys([*fields.get("left_out", ()), *left_out]))
     return fields
 
 
-def _text_model(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The language model's part of a config, and what is left out of it."""
-    if "text_config" not in raw and str(raw.get("model_type")) not in TEXT_MODEL_TYPES:
-        return dict(raw), []
-    nested = raw.get("text_config") or {}
+def _text_model(raw: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The language model's part of a config, and the `model_type` of what it is a part of."""
+    outer = str(raw.get("model_type"))
+    if "text_config" not in raw and outer not in TEXT_MODEL_TYPES:
+        return dict(raw), None
+    nested = raw.get("text_config") or (raw if outer in FLAT_TEXT_CONFIGS else {})
     if not isinstance(nested, Mapping):
         raise InvalidSpecError("`text_config` is not an object")
-    outer = raw.get("model_type")
     text = dict(nested)
-    text.setdefault("model_type", TEXT_MODEL_TYPES.get(str(outer)))
-    if "tie_word_embeddings" in raw:
-        text.setdefault("tie_word_embeddings", raw["tie_word_embeddings"])
-    return text, [f"only the text model of `{outer}` is counted; its vision tower and projector are left out"]
+    if nested is raw or text.get("model_type") is None:
+        text["model_type"] = TEXT_MODEL_TYPES.get(outer)
+    if "tie_word_embeddings" in raw:  # the head belongs to the outer model, whose word counts (`tie_weights`)
+        text["tie_word_embeddings"] = raw["tie_word_embeddings"]
+    return text, outer
+
+
+def _unknown(named: str, part_of: str | None) -> UnknownNameError:
+    """Of a family that is not modelled: why, where that is known, and the nearest that is."""
+    if named not in NOT_MODELLED:
+        return UnknownNameError("model type", named, FAMILIES)
+    why, nearest = NOT_MODELLED[named]
+    whose = f", the language model of `{part_of}`," if part_of else ""
+    return NotModelledError(f"the family `{named}`{whose} is not modelled: {why}", nearest)
 
 
 def _given(model_type: str, named: str, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +202,7 @@ def _given(model_type: str, named: str, text: Mapping[str, Any]) -> dict[str, An
     return given
 
 
-def _notes(model_type: str, family: Family, text: Mapping[str, Any]) -> list[str]:
+def _left_out(model_type: str, family: Family, text: Mapping[str, Any]) -> list[str]:
     notes = [note for key, note in _NOT_MODELLED.items() if text.get(key)]
     if model_type == "deepseek_v3" and text.get("num_nextn_predict_layers"):
         notes.append("the multi-token-prediction layer is left out, as transformers leaves it out")

@@ -167,8 +167,54 @@ OLD_MODEL_TYPES = {
     "phi-msft": "phi",
     "stablelm_epoch": "stablelm",
 }
-# Wrappers of a text model (beside a vision tower) whose `text_config` may leave its own type out.
-TEXT_MODEL_TYPES = {"gemma3": "gemma3_text", "llava": "llama"}
+# Wrappers of a text model (beside a vision tower) whose `text_config` may leave its own type out, as their config
+# classes fill it in.
+TEXT_MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "idefics3": "llama",
+    "internvl": "qwen2",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "paligemma": "gemma",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "smolvlm": "llama",
+}
+# Of these, the ones whose older configs have the text model's keys beside `vision_config`, not nested.
+FLAT_TEXT_CONFIGS = ("qwen2_vl", "qwen2_5_vl")
+# Text models of multimodal ones whose layers are those of a family: they differ in how the rotary tables, made once a
+# step, are put together (three kinds of positions), which is not played.
+TEXT_MODELS_OF_FAMILY = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+
+_LINEAR_ATTENTION = "most of its layers have linear attention"
+_STATE_SPACE = "it has state-space layers"
+# Families of transformers 5.17 that are asked for and not modelled: why, and the nearest that is.
+NOT_MODELLED: dict[str, tuple[str, str]] = {
+    "llama4_text": ("its experts multiply their inputs by the router and its layers attend in chunks", "llama"),
+    "qwen3_next": (_LINEAR_ATTENTION, "qwen3_moe"),
+    "qwen3_5_text": (_LINEAR_ATTENTION, "qwen3"),
+    "qwen3_5_moe_text": (_LINEAR_ATTENTION, "qwen3_moe"),
+    "kimi_linear": (_LINEAR_ATTENTION, "deepseek_v3"),
+    "qwen3_vl_moe_text": ("PEFT converts the names of its experts differently", "qwen3_moe"),
+    "gemma3n_text": ("it keeps four streams of hidden states and an embedding for each layer", "gemma3_text"),
+    "gemma4_text": ("it has an embedding for each layer and shares keys and values between layers", "gemma3_text"),
+    "glm4_moe": ("its layers are not written down", "glm4"),
+    "glm4_moe_lite": ("its layers are not written down", "deepseek_v3"),
+    "deepseek_v32": ("its attention chooses tokens by an indexer", "deepseek_v3"),
+    "deepseek_v4": ("its attention compresses keys and its residual has several streams", "deepseek_v3"),
+    "phi4_multimodal": ("adapters for vision and speech are in its layers", "phi3"),
+    "phimoe": ("its router is not written down", "mixtral"),
+    "cohere2": ("its layers are not written down", "cohere"),
+    "mllama_text_model": ("some of its layers attend to an image", "llama"),
+    "granitemoehybrid": (_STATE_SPACE, "granite"),
+    "nemotron_h": (_STATE_SPACE, "llama"),
+    "falcon_h1": (_STATE_SPACE, "falcon"),
+    "mamba": (_STATE_SPACE, "llama"),
+    "mamba2": (_STATE_SPACE, "llama"),
+}
 
 _CANONICAL_GPT2 = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 # Further names of a key: the config class's `attribute_map`, or what the repository's own code called it.

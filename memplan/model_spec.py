@@ -165,9 +165,13 @@ class ModelSpec(BaseModel):
     hf_repo: str | None = Field(None, max_length=256)
     """Repository on the Hugging Face Hub."""
     notes: tuple[str, ...] = ()
-    """What the reader should know: what is left out, how sources that disagree were settled."""
+    """What the reader should know: how sources that disagree were settled."""
+    part_of: str | None = Field(None, max_length=64)
+    """`model_type` of the multimodal model whose language model this is."""
+    left_out: tuple[str, ...] = ()
+    """What of the model is not estimated, or not as it is: every estimate says so."""
 
-    @field_validator("layer_types", "no_rope_layers", "mlp_only_layers", "aliases", "notes", mode="before")
+    @field_validator("layer_types", "no_rope_layers", "mlp_only_layers", "aliases", "notes", "left_out", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value

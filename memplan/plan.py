@@ -13,11 +13,10 @@ from memplan.cost import PriceSource, check_provider, price_of, price_table
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import ModelLike, make_config
 from memplan.gpus import GpuSpec
-from memplan.model_spec import ModelSpec
 from memplan.plan_search import Candidate, Lane, Search
 from memplan.prices import Kind, Price
 from memplan.timing.roofline import shipped
-from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, Method, TrainConfig
+from memplan.train_config import NO_USE_FOR, Method, TrainConfig
 
 TOTAL_BATCH_SIZE = 16
 """Sequences per optimizer step unless told: all rows of a plan train alike."""
@@ -91,8 +90,9 @@ def plan(
         MemplanError: an unknown model, GPU, method or provider, an amount or limit that is not above zero, one price
             for several GPUs, or fields that make no run.
     """
-    spec = model if isinstance(model, ModelSpec) else catalog.load(model)
-    said = dict(config.model_dump(include=config.model_fields_set) if isinstance(config, TrainConfig) else config or {})
+    spec, decided = catalog.load_with_settings(model)
+    said = {name: value for name, value in decided.items() if name != "method"}
+    said.update(config.model_dump(include=config.model_fields_set) if isinstance(config, TrainConfig) else config or {})
     said.update(fields)
     for name, value in (("num_tokens", num_tokens), ("max_usd", max_usd), ("max_hours", max_hours)):
         if value is not None and not value > 0:
@@ -166,8 +166,7 @@ def runs_of(
     checkpointing = [said["gradient_checkpointing"]] if "gradient_checkpointing" in said else [False, True]
     runs: dict[Method, list[TrainConfig]] = {}
     for method in dict.fromkeys(methods):
-        unused = (ADAPTER_FIELDS if method == "full" else ()) + (QUANT_FIELDS if method != "qlora" else ())
-        shared = {name: value for name, value in said.items() if name not in unused} | {"method": method}
+        shared = {name: value for name, value in said.items() if name not in NO_USE_FOR[method]} | {"method": method}
         runs[method] = [
             make_config(
                 shared,

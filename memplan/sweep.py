@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from os import PathLike
 from typing import Any
 
 from memplan import catalog, gpus
@@ -12,13 +13,12 @@ from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import Estimate, ModelLike, make_config
 from memplan.gpus import GpuSpec
 from memplan.model_spec import ModelSpec
-from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, TrainConfig
+from memplan.train_config import NO_USE_FOR, TrainConfig
 
 NUMERIC = ("rank", "seq_len", "micro_batch_size", "gradient_accumulation_steps", "lora_dropout")
 NAMED = ("method", "model", "attention", "optimizer", "loss", "weight_dtype", "stack", "quant_type")
 KNOBS = (*NUMERIC, *NAMED)
 MAX_POINTS = 2000
-_UNUSED = {"full": (*ADAPTER_FIELDS, *QUANT_FIELDS), "lora": QUANT_FIELDS}
 
 Value = int | float | str
 
@@ -129,18 +129,19 @@ def sweep(
         raise MemplanError(f"{len(combinations)} combinations are more than {MAX_POINTS}")
     base = {**(_said(config)), **fields}
     card = gpus.get(gpu) if isinstance(gpu, str) else gpu
-    specs: dict[object, ModelSpec] = {}
+    models: dict[object, tuple[ModelSpec, dict[str, Any]]] = {}
     points = []
     for combination in combinations:
         changed = dict(zip(knobs, combination, strict=True))
         name = changed.pop("model", model)
-        if name not in specs:
-            specs[name] = name if isinstance(name, ModelSpec) else catalog.load(str(name))
+        if name not in models:
+            models[name] = catalog.load_with_settings(name if isinstance(name, ModelSpec | PathLike) else str(name))
+        spec, decided = models[name]
         run = {**base, **changed}
         if "method" in knobs:  # what is said once is for the methods that have a use for it
-            unused = _UNUSED.get(str(run["method"]), ())
+            unused = NO_USE_FOR.get(str(run["method"]), ())
             run = {name: value for name, value in run.items() if name not in unused}
-        points.append(Point(combination, Estimate(specs[name], make_config(run), card)))
+        points.append(Point(combination, Estimate(spec, make_config(run, decided=decided), card)))
     return Sweep(knobs, values, tuple(points))
 
 

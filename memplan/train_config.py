@@ -60,6 +60,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 ADAPTER_FIELDS = ("rank", "target_modules", "lora_dropout", "use_dora", "modules_to_save", "adapter_dtype")
 QUANT_FIELDS = ("quant_type", "double_quant", "kbit_prep")
+NO_USE_FOR: dict[str, tuple[str, ...]] = {
+    "full": (*ADAPTER_FIELDS, *QUANT_FIELDS),
+    "lora": QUANT_FIELDS,
+    "qlora": (),
+}
+"""Fields that mean nothing to a method."""
 
 
 class TrainConfig(BaseModel):
@@ -136,9 +142,7 @@ class TrainConfig(BaseModel):
             filled.setdefault(name, value.get(method) if isinstance(value, dict) else value)
         if method in ("lora", "qlora") and filled.get("rank") is None:
             filled["rank"] = 16
-        unused: tuple[str, ...] = ADAPTER_FIELDS if method == "full" else ()
-        unused += QUANT_FIELDS if method in ("full", "lora") else ()
-        for name in unused:
+        for name in NO_USE_FOR.get(method, ()):
             default = cls.model_fields[name].default
             if name in data and data[name] not in (None, default):
                 raise ValueError(f"`{name}` has no meaning with method `{method}`")

@@ -12,11 +12,12 @@ import pytest
 
 from memplan import catalog
 from memplan.errors import InvalidSpecError, MemplanError, UnknownNameError
+from memplan.estimate import estimate
 from memplan.hf_config import config_keys
 from memplan.hf_families import OTHER_KEYS
 from memplan.train_config import TrainConfig
 
-CATALOGUE_KEYS = {"name", "aliases", "model_type", "num_parameters", "hf_repo", "source", "notes"}
+CATALOGUE_KEYS = {"name", "aliases", "model_type", "num_parameters", "hf_repo", "source", "notes", "left_out"}
 
 
 def raw(name: str) -> dict[str, object]:
@@ -164,10 +165,27 @@ def test_an_adapter_folder_gives_its_settings_and_its_base_model(tmp_path: Path)
     assert catalog.load(tmp_path).name == "llama-2-7b"
 
 
+def test_an_estimate_of_an_adapter_folder_is_of_that_adapter(tmp_path: Path) -> None:
+    adapter = ADAPTER | {"modules_to_save": None, "use_dora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    for path in (str(tmp_path), tmp_path, tmp_path / "adapter_config.json"):
+        run = estimate(path).config
+        assert (run.method, run.rank, run.target_modules, run.lora_dropout) == ("lora", 8, ("q_proj", "v_proj"), 0.05)
+    assert estimate(tmp_path, rank=4).config.rank == 4  # what the user says wins
+    assert estimate(tmp_path, TrainConfig(method="qlora")).config.target_modules == ("q_proj", "v_proj")
+    assert estimate(tmp_path, method="full").config.rank is None
+    # A folder with both is the model in it, with the adapter's settings.
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    made = estimate(tmp_path)
+    assert (made.model.num_hidden_layers, made.config.rank) == (2, 8)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ({"peft_type": "IA3"}, "`IA3` adapter"),
+        ({"peft_type": "LORA", "r": 8, "rank_pattern": {"q_proj": 4}}, "`rank_pattern` is not modelled"),
+        ({"peft_type": "LORA", "r": 8, "bias": "all"}, "`bias` is not modelled"),
         ({"r": 8, "base_model_name_or_path": None}, "names no base model"),
     ],
 )
@@ -178,22 +196,58 @@ def test_an_adapter_memplan_cannot_use_is_refused(tmp_path: Path, content: dict[
         read(tmp_path)
 
 
+def cached_repository(cache: Path, config: str) -> Path:
+    """`someone/tiny-llama` as huggingface_hub's cache holds it; returns its snapshot."""
+    snapshot = cache / "models--someone--tiny-llama" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(config)
+    refs = cache / "models--someone--tiny-llama" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    return snapshot
+
+
+TINY_LLAMA = '{"model_type": "llama", "num_hidden_layers": 2}'
+
+
 def test_a_hub_id_is_read_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    snapshot = tmp_path / "models--someone--tiny-llama" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
-    refs = tmp_path / "models--someone--tiny-llama" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("abc")
+    cached_repository(tmp_path, TINY_LLAMA)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     spec = catalog.load("someone/tiny-llama")
-    assert (spec.num_hidden_layers, spec.name, spec.hf_repo) == (
+    assert (spec.num_hidden_layers, spec.name, spec.hf_repo, spec.num_parameters) == (
         2,
         "someone/tiny-llama",
         "someone/tiny-llama",
+        None,
     )
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_the_parameters_of_a_hub_id_are_those_its_safetensors_headers_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_cache: bool
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import ModelInfo
+
+    snapshot = cached_repository(tmp_path, TINY_LLAMA)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def model_info(repo: str, *, expand: list[str], timeout: float) -> ModelInfo:
+        asked.append((repo, *expand))
+        return ModelInfo(id=repo, safetensors={"parameters": {"BF16": 77}, "total": 77})
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    if in_cache:
+        header = b'{"w": {"dtype": "BF16", "shape": [7, 11], "data_offsets": [0, 154]}}'
+        (snapshot / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert catalog.load("someone/tiny-llama").num_parameters == 77
+    assert asked == ([] if in_cache else [("someone/tiny-llama", "safetensors")])
+    assert any("77 parameters" in warning for warning in estimate("someone/tiny-llama").warnings)
 
 
 def test_offline_says_so_at_once_and_names_the_nearest_bundled_model(tmp_path: Path) -> None:

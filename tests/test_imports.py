@@ -22,8 +22,8 @@ MODULES = {
 # From the ground up: a module imports from its own layer and from those below.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "units", "dtypes"),
-    ("hf_config", "hf_families", "hf_rules", "model_spec", "train_config", "gpu_table"),
-    ("catalog", "gpus", "prices", "profiles"),
+    ("hf_config", "hf_families", "hf_rules", "model_spec", "safetensors_header", "train_config", "gpu_table"),
+    ("catalog", "gpus", "hub", "prequantized", "prices", "profiles"),
     ("ops",),
     ("architectures",),
     ("memory",),

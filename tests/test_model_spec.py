@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.errors import InvalidSpecError, MemplanError, UnknownNameError
+from memplan.errors import InvalidSpecError, MemplanError, NotModelledError, UnknownNameError
+from memplan.estimate import estimate
 from memplan.hf_config import _defaults, config_keys
-from memplan.hf_families import FAMILIES
+from memplan.hf_families import FAMILIES, NOT_MODELLED, TEXT_MODELS_OF_FAMILY
 from memplan.model_spec import ModelSpec
 
 TOY: dict[str, Any] = {"num_hidden_layers": 4, "vocab_size": 128, "pad_token_id": 0}
@@ -206,17 +207,75 @@ def test_null_means_null_and_a_missing_key_the_class_default() -> None:
     assert ModelSpec.from_hf_config({"model_type": "llama", "head_dim": None}).head_dim == 128
 
 
-def test_a_multimodal_config_gives_its_text_model_and_says_so() -> None:
-    spec = ModelSpec.from_hf_config(
-        {
-            "model_type": "gemma3",
-            "text_config": {"model_type": "gemma3_text", "hidden_size": 2560},
-            "vision_config": {},
-        }
-    )
-    assert (spec.model_type, spec.hidden_size, spec.vocab_size) == ("gemma3_text", 2560, 262208)
-    assert any("vision tower" in note for note in spec.notes)
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 256, "pad_token_id": 0,
+}  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+MULTIMODAL: dict[str, tuple[dict[str, Any], str]] = {
+    "gemma3": ({"model_type": "gemma3", "text_config": SIZES}, "gemma3_text"),
+    "gemma3 untied": ({"model_type": "gemma3", "tie_word_embeddings": False, "text_config": SIZES}, "gemma3_text"),
+    "paligemma": ({"model_type": "paligemma", "text_config": {"model_type": "gemma", **SIZES}}, "gemma"),
+    "llava": ({"model_type": "llava", "text_config": SIZES | {"model_type": "llama"}}, "llama"),
+    "llava on mistral": ({"model_type": "llava_next", "text_config": SIZES | {"model_type": "mistral"}}, "mistral"),
+    "idefics3": ({"model_type": "idefics3", "tie_word_embeddings": True,
+                  "text_config": SIZES | {"model_type": "llama", "tie_word_embeddings": False}}, "llama"),
+    "mistral3": ({"model_type": "mistral3", "tie_word_embeddings": False,
+                  "text_config": SIZES | {"model_type": "mistral", "tie_word_embeddings": True}}, "mistral"),
+    "internvl": ({"model_type": "internvl", "tie_word_embeddings": False,
+                  "text_config": SIZES | {"model_type": "qwen2"}}, "qwen2"),
+    "qwen2_vl": ({"model_type": "qwen2_vl", **SIZES, **MROPE}, "qwen2"),
+    "qwen2_5_vl, flat": ({"model_type": "qwen2_5_vl", "tie_word_embeddings": True, **SIZES, **MROPE}, "qwen2"),
+    "qwen2_5_vl": ({"model_type": "qwen2_5_vl",
+                    "text_config": {"model_type": "qwen2_5_vl_text", **SIZES, **MROPE}}, "qwen2"),
+    "qwen3_vl": ({"model_type": "qwen3_vl", "tie_word_embeddings": True,
+                  "text_config": {"model_type": "qwen3_vl_text", **SIZES, "tie_word_embeddings": False}}, "qwen3"),
+}  # fmt: skip
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_multimodal_config_gives_its_language_model_and_says_so(name: str) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config, model_type = MULTIMODAL[name]
+    spec = ModelSpec.from_hf_config(config)
+    assert (spec.model_type, spec.part_of) == (model_type, config["model_type"])
+    assert any(f"`{config['model_type']}` is estimated" in said for said in spec.left_out)
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(real_config(config))
+    language_model = getattr(model.model, "language_model", None) or model.model.text_model
+    text = {id(p): p.numel() for p in (*language_model.parameters(), model.get_output_embeddings().weight)}
+    made = estimate(spec, method="full")
+    assert made.num_params == sum(text.values())
+
+
+def test_a_text_config_may_leave_its_own_type_out() -> None:
     assert ModelSpec.from_hf_config({"model_type": "llava", "text_config": {"vocab_size": 32064}}).model_type == "llama"
+    spec = ModelSpec.from_hf_config({"model_type": "gemma3", "text_config": {"hidden_size": 2560}})
+    assert (spec.model_type, spec.vocab_size) == ("gemma3_text", 262208)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("model_type", TEXT_MODELS_OF_FAMILY)
+def test_a_missing_key_of_a_multimodal_models_text_takes_its_own_default(model_type: str) -> None:
+    fields = {f.name: f.default for f in dataclasses.fields(type(real_config({"model_type": model_type})))}
+    keys = config_keys(TEXT_MODELS_OF_FAMILY[model_type])
+    known = dict(_defaults()[model_type])
+    assert known.pop("tie_word_embeddings") is False  # the outer model's, which has the head
+    assert known == {key: fields[key] for key in keys if key in fields}
+
+
+@pytest.mark.parametrize("model_type", NOT_MODELLED)
+def test_a_family_that_is_not_modelled_says_why_and_names_the_nearest(model_type: str) -> None:
+    assert model_type not in FAMILIES
+    with pytest.raises(NotModelledError, match=f"`{model_type}` is not modelled: ") as caught:
+        ModelSpec.from_hf_config({"model_type": model_type})
+    (near,) = caught.value.near
+    assert near in FAMILIES
+    assert f"--family {near}" in caught.value.hints[0]
 
 
 def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:

@@ -1,15 +1,22 @@
-"""What the user of any decoder should know of a run: positions beyond the model's, attention that its family lacks,
-what int8 keeps in 16 bits."""
+"""What the user of any decoder should know of a run: what is left out of the model, how its checkpoint is stored,
+positions beyond the model's, attention that its family lacks, what int8 keeps in 16 bits."""
 
 from __future__ import annotations
 
 from memplan.model_spec import ModelSpec
+from memplan.prequantized import storage_warnings
 from memplan.train_config import TrainConfig
 
 
 def run_warnings(spec: ModelSpec, config: TrainConfig, attention: str) -> list[str]:
     """One sentence each; `attention` is what runs, whatever the config asks for."""
-    return [*_positions(spec, config), *_attention(spec, config, attention), *_outliers(config)]
+    return [
+        *spec.left_out,
+        *storage_warnings(spec, config),
+        *_positions(spec, config),
+        *_attention(spec, config, attention),
+        *_outliers(config),
+    ]
 
 
 def _positions(spec: ModelSpec, config: TrainConfig) -> list[str]:
