@@ -24,7 +24,7 @@ def human(num_bytes: int) -> str:
     """`num_bytes` in the largest binary unit that keeps the figure at 1 or above."""
     for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(num_bytes) >= factor:
-            return f"{num_bytes / factor:.2f} {unit}"
+            return f"{num_bytes / factor:,.2f} {unit}"
     return f"{num_bytes} B"
 
 

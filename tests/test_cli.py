@@ -88,6 +88,9 @@ def test_estimate_leaves_out_what_the_method_has_no_use_for(memplan: Memplan) ->
         ("estimate", MODEL, "--method", "qlora", "--explain"),
         ("compare", MODEL, "--gpu", "t4"),
         ("compare", "llama-3.1-405b"),
+        ("compare", "deepseek-r1-distill-llama-70b"),
+        ("estimate", "llama-7b", "--method", "qlora", "--explain"),
+        ("plot", "-h"),
         ("models",),
         ("models", "show", "gemma-3-4b"),
         ("gpus",),
@@ -322,6 +325,8 @@ def test_version(memplan: Memplan) -> None:
         ("memplan estimate llama-7", "llama-7b"),
         ("memplan estimate llama-7b --gpu rtx-40", "rtx-4090"),
         ("memplan compare llama-7b --optimizer adamw_torch_f", "adamw_torch_fused"),
+        ("memplan plot llama-7b --capacity h200,rtx-40", "h200,rtx-4090"),
+        ("memplan plot llama-7b --over seq", "seq_len="),
     ],
 )
 def test_shell_completion(words: str, offers: str) -> None:

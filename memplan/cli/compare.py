@@ -63,10 +63,11 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     first = table[0].estimate
     config = first.config
     batch = f"micro-batch {config.micro_batch_size} × {config.seq_len} tokens"
-    yield f"{bold(first.model.label)}: {batch}, as {STACKS[config.stack]} runs it"
+    yield from paragraph(f"{bold(first.model.label)}: {batch}, as {STACKS[config.stack]} runs it", indent=0)
     ranked = table[1].estimate.config
     targets = ranked.target_modules
-    yield f"rank {ranked.rank} on {targets if isinstance(targets, str) else ', '.join(targets)}; sizes in GiB"
+    adapted = targets if isinstance(targets, str) else ", ".join(targets)
+    yield from paragraph(f"rank {ranked.rank} on {adapted}; sizes in GiB", indent=0)
     yield ""
     rows = [("", *(bold(_HEADS[c.estimate.config.method]) for c in table))]
     rows += [(label, *(write(column) for column in table)) for label, write in _rows(comparison.num_variants)]

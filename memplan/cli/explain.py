@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memplan.cli.estimate import tier_lines, title
-from memplan.cli.render import bold, columns, dim, join, paragraph, percent
+from memplan.cli.render import bold, dim, join, paragraph, percent
 from memplan.explain import explain
 from memplan.units import human
 
@@ -26,7 +26,9 @@ def _lines(result: Estimate) -> Iterator[str]:
         yield ""
         yield f"{bold(part.name.replace('_', ' '))}  {human(part.num_bytes)}  {share}"
         yield from paragraph(part.formula, first="  = ")
-        yield from columns([(f"{term.num_bytes:,} B", term.text) for term in part.terms], "rl", indent=4, gap=3)
+        width = max(len(f"{term.num_bytes:,}") for term in part.terms)
+        for term in part.terms:
+            yield from paragraph(term.text, first=f"    {term.num_bytes:>{width},} B   ")
         if part.detail:
             yield from paragraph(part.detail, indent=4)
         yield from (dim(line) for line in paragraph(f"{part.why} [{part.source}]"))

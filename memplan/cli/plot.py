@@ -24,7 +24,7 @@ EPILOG = """Examples:
 
   memplan plot llama-7b --over rank=8,64 --over seq_len=512:8192:x2 -o map.png
 
-  memplan plot llama-7b --over seq_len=512:8192:x2 --capacity l4,a100 -o a.svg
+  memplan plot llama-7b --over seq_len=512:8192:x2 --capacity l40s -o a.svg
 
   memplan plot llama-7b --over method=full,lora,qlora --stacked -o methods.pdf
 
