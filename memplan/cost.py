@@ -17,8 +17,9 @@ from memplan.gpus import GpuSpec
 from memplan.prices import Kind, Price, cheapest, load_prices, prices
 from memplan.timing.model import StepTime, step_time
 from memplan.timing.profile import fit_for
-from memplan.timing.roofline import Fit
+from memplan.timing.roofline import Fit, shipped
 from memplan.train_config import TrainConfig
+from memplan.units import exact_percent
 
 PriceSource = Iterable[Price] | str | PathLike[str]
 Interval = tuple[float, float]
@@ -285,7 +286,8 @@ def bounds(hours: float, time: StepTime, gpu: GpuSpec, fit: Fit) -> tuple[Interv
     """
     p90 = fit.held_out["p90"]
     if gpu.name == fit.gpu:
-        note = f"nine of ten measured runs on this GPU came out within {100 * p90:.0f} % (runs not fitted)"
+        where = "" if fit is shipped() else f", {fit.source}"
+        note = f"nine of ten measured runs on this GPU came out within {exact_percent(p90, 0)} (runs not fitted{where})"
         return (hours * (1 - p90), hours * (1 + p90)), note
     fastest = max(time.floor_seconds, time.host_seconds * (1 - p90))
     share = min(fastest / time.step_seconds, 1 - p90)

@@ -54,7 +54,7 @@ def save(profile: GpuProfile) -> Path:
     Raises:
         MemplanError: the folder cannot be written to.
     """
-    path = folder() / f"{_slug(profile.product)}.json"
+    path = folder() / f"{slug(profile.product)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -71,7 +71,7 @@ def find(products: tuple[str, ...]) -> GpuProfile | None:
         InvalidSpecError: there is one, and it cannot be read.
     """
     for product in products:
-        path = folder() / f"{_slug(product)}.json"
+        path = folder() / f"{slug(product)}.json"
         try:
             if not path.is_file():
                 continue
@@ -86,7 +86,7 @@ def find(products: tuple[str, ...]) -> GpuProfile | None:
     return None
 
 
-def _slug(product: str) -> str:
+def slug(product: str) -> str:
     """A file name that is the same with and without the maker's words."""
     words = re.sub(r"[^a-z0-9]+", "-", product.lower()).strip("-").split("-")
     return "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla")) or "gpu"

@@ -14,9 +14,20 @@ import pytest
 import memplan
 from memplan import gpus
 from memplan.architectures import FAMILIES
-from memplan.calibration.record import Case, Environment, Record, RecordFile, dump_line, read_records
+from memplan.calibration.choose import cases_for
+from memplan.calibration.record import (
+    Case,
+    DeviceReading,
+    Environment,
+    Record,
+    RecordFile,
+    dump_line,
+    read_records,
+)
+from memplan.cli.app import run
+from memplan.cli.calibrate import _report
 from memplan.dtypes import DType
-from memplan.gpus import GpuSpec
+from memplan.gpus import DetectedGpu, GpuSpec
 from memplan.memory.optimizers import OPTIMIZERS
 from memplan.model_spec import ModelSpec
 from memplan.ops.tensor import AttentionCall
@@ -161,8 +172,7 @@ def test_the_output_head_goes_with_the_loss() -> None:
 
 def test_the_host_waits_for_the_loss_and_the_device_for_the_layers() -> None:
     """A step of many short kernels and a long loss takes longer than either side alone."""
-    run = memplan.estimate("qwen3-0.6b", method="lora", stack="torch", micro_batch_size=6)
-    time = step_time(run, H200)
+    time = step_time(memplan.estimate("qwen3-0.6b", method="lora", stack="torch", micro_batch_size=6), H200)
     assert time.step_seconds > 1.1 * max(time.host_seconds, sum(time.device_seconds.values()))
 
 
@@ -350,26 +360,119 @@ def test_only_clean_steps_count() -> None:
 def test_a_calibration_of_ones_own_card_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMPLAN_PROFILES", str(tmp_path / "profiles"))
     card = gpus.get("rtx-4090")
-    run = memplan.estimate("qwen3-0.6b", method="lora", micro_batch_size=4)
-    before = step_time(run, card).step_seconds
+    made = memplan.estimate("qwen3-0.6b", method="lora", micro_batch_size=4)
+    before = step_time(made, card).step_seconds
     slow = dataclasses.replace(shipped().constants, launch_forward=90e-6, traffic=6.0)
     write_records(tmp_path / "own.jsonl", slow, card)
     header = Environment(gpu="NVIDIA GeForce RTX 4090", gpu_total_bytes=card.memory_bytes, date="2026-11-22")
     records = read_records(tmp_path / "own.jsonl").records
     learnt = learn(RecordFile(environment=header, records=records))
-    assert learnt is not None
     assert learnt.gpu == "rtx-4090"
     assert learnt.held_out["median"] < 0.1
     path = save(learnt, header.gpu)
     assert path.parent == tmp_path / "profiles"
     assert fit_for(card) == learnt
     assert fit_for(H200) == shipped()
-    after = step_time(run, card).step_seconds
-    truth = step_time(run, card, slow).step_seconds
+    after = step_time(made, card).step_seconds
+    truth = step_time(made, card, slow).step_seconds
     assert abs(after / truth - 1) < abs(before / truth - 1)
     told = memplan.cost("qwen3-0.6b", gpu="rtx-4090", num_tokens=10**6, price=1.0, method="lora")
     assert told.measured_on_this_gpu
-    assert learn(RecordFile(environment=header, records=records[:3])) is None
+    assert any(header.date in line for line in told.assumptions)
     path.write_text('{"constants": {"matmul": -1}}', encoding="utf-8")
     with pytest.raises(memplan.MemplanError, match="cannot be read"):
         fit_for(card)
+
+
+@pytest.mark.parametrize(
+    ("product", "num_runs", "says"),
+    [
+        ("NVIDIA GeForce RTX 4090", 3, "3 runs have a step"),
+        ("Voodoo 5", 9, "peaks of `Voodoo 5`"),
+        (None, 9, "which GPU"),
+    ],
+)
+def test_what_cannot_be_learnt_is_said(tmp_path: Path, product: str | None, num_runs: int, says: str) -> None:
+    write_records(tmp_path / "own.jsonl", Constants())
+    records = read_records(tmp_path / "own.jsonl").records[:num_runs]
+    header = product and Environment(gpu=product, gpu_total_bytes=24 * 2**30, date="2026-11-22")
+    with pytest.raises(memplan.MemplanError, match=says):
+        learn(RecordFile(environment=header or None, records=records))
+
+
+def calibration(path: Path, constants: Constants, card: GpuSpec) -> None:
+    """What `memplan calibrate --quick` leaves behind on `card`, whose steps take what `constants` say."""
+    detected = DetectedGpu(card, 0, card.products[0], card.memory_bytes, card.memory_bytes, "580.1")
+    header = Environment(gpu=card.products[0], gpu_total_bytes=card.memory_bytes, date="2026-11-22")
+    lines = [dump_line(header)]
+    used = {"start": 0, "context": 500 * 2**20}
+    device = {
+        name: DeviceReading(used_bytes=taken, reserved_bytes=0, total_bytes=card.memory_bytes)
+        for name, taken in used.items()
+    }
+    for case in cases_for(detected, None, {}, quick=True, full=False, seed=0, share=0.92):
+        estimate = memplan.estimate(ModelSpec.from_hf_config(case.hf_config), case.train_config(), gpu=card.name)
+        seconds = step_time(estimate, card, constants).step_seconds
+        sizes = {
+            "peak_allocated_bytes": estimate.allocated_bytes,
+            "peak_reserved_bytes": estimate.reserved_bytes,
+            "process_bytes": estimate.process_bytes,
+        }
+        lines.append(dump_line(Record(case=case, status="ok", step_seconds=(9.0, seconds), device=device, **sizes)))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_the_command_calibrate_keeps_the_time_of_the_card_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All runs are in the file already, so that nothing is left to measure; cost and plan then say other hours."""
+    monkeypatch.setenv("MEMPLAN_PROFILES", str(tmp_path / "profiles"))
+    card = gpus.get("rtx-4090")
+    slow = dataclasses.replace(
+        shipped().constants, launch_forward=90e-6, launch_backward=60e-6, launch_recompute=120e-6
+    )
+    calibration(tmp_path / "own.jsonl", slow, card)
+    detected = DetectedGpu(card, 0, card.products[0], card.memory_bytes, card.memory_bytes, "580.1")
+    monkeypatch.setattr(gpus, "detect", lambda: detected)
+    question = ["cost", "qwen3-0.6b", "--gpu", "rtx-4090", "--num-tokens", "10M", "--price", "1", "--json"]
+    of_plan = [
+        "plan",
+        "qwen3-0.6b",
+        "--gpus",
+        "rtx-4090",
+        "--num-tokens",
+        "10M",
+        "--price",
+        "1",
+        "--micro-batch-size",
+        "1",
+    ]
+
+    def asked(arguments: list[str]) -> dict:
+        assert run(arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before, planned_before = asked(question), asked([*of_plan, "--json"])["front"][0]
+    assert not before["measured_on_this_gpu"]
+    assert run(["calibrate", "--quick", "--out", str(tmp_path / "own.jsonl")]) == 0
+    assert "time constants of this GPU" in capsys.readouterr().err
+    assert len(list((tmp_path / "profiles").iterdir())) == 2
+    after, planned = asked(question), asked([*of_plan, "--json"])["front"][0]
+    assert after["measured_on_this_gpu"]
+    assert planned["measured_on_this_gpu"]
+    truth = step_time(memplan.estimate("qwen3-0.6b", gpu="rtx-4090"), card, slow).step_seconds
+    assert truth > 1.5 * before["step_seconds"]
+    assert after["step_seconds"] == pytest.approx(truth, rel=0.15)
+    assert planned["hours"] > planned_before["hours"]
+
+
+def test_too_small_a_calibration_leaves_the_time_constants_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEMPLAN_PROFILES", str(tmp_path / "profiles"))
+    calibration(tmp_path / "own.jsonl", Constants(), gpus.get("rtx-4090"))
+    lines = (tmp_path / "own.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:4]), encoding="utf-8")
+    _report(tmp_path / "few.jsonl")
+    assert "time constants stay as they were: 3 runs" in " ".join(capsys.readouterr().err.split())
+    assert fit_for(gpus.get("rtx-4090")) == shipped()

@@ -24,6 +24,7 @@ from memplan.gpus import GpuSpec
 from memplan.timing.model import LAUNCHES
 from memplan.timing.roofline import Constants
 from memplan.timing.rows import Row, load_rows
+from memplan.units import exact_percent
 
 HUBER = 0.15
 NOISE = 0.1
@@ -101,7 +102,7 @@ def _fit(
                 at, r, best, damping = trial, trial_r, trial_loss, max(damping / 3, 1e-6)
                 break
             damping *= 4
-        if before - best < 1e-6 * before:
+        if before - best < 1e-4 * before:
             break
     return _constants(at)
 
@@ -159,9 +160,10 @@ def main(
     if verbose:
         for row in sorted(rows, key=lambda row: (row.place < held_out, row.id)):
             time = row.predict(card, constants)
+            off = exact_percent(time.step_seconds / row.seconds - 1, 1, sign="+")
             print(
                 f"{'test ' if row.place < held_out else 'train'} {row.id:32s} {row.seconds * 1e3:9.1f} ms"
-                f" predicted {time.step_seconds * 1e3:9.1f} {time.step_seconds / row.seconds - 1:+7.1%}"
+                f" predicted {time.step_seconds * 1e3:9.1f} {off:>8s}"
                 f" host {time.host_seconds * 1e3:8.1f} device {sum(time.device_seconds.values()) * 1e3:8.1f}"
                 f" {time.bound_by}"
             )
@@ -169,7 +171,8 @@ def main(
         print(f"{name:20s} {getattr(constants, name):.4g}")
     for part, figures in scores.items():
         for kind, figure in figures.items():
-            print(f"{part:9s} {kind:20s} {figure}")
+            rows_and_errors = [f"{name} {exact_percent(figure[name], 1)}" for name in ("median", "p90", "bias")]
+            print(f"{part:9s} {kind:20s} {figure['rows']:4.0f} rows: {', '.join(rows_and_errors)}")
     if out is not None:
         body = {
             "gpu": card.name,

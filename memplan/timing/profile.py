@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,26 +50,33 @@ def fit_for(gpu: GpuSpec) -> Fit:
     return shipped()
 
 
-def learn(file: RecordFile) -> Fit | None:
-    """Constants of the GPU that `file` was measured on; None where it is not known or too little was measured.
+def learn(file: RecordFile) -> Fit:
+    """Constants of the GPU that `file` was measured on.
 
     The start is what was measured on the H200, and each constant moves as far as the runs pull it. The errors are
-    those of runs left out in turn.
+    those of runs left out in turn. Runs of models that memplan has no family for are left out.
+
+    Raises:
+        MemplanError: the GPU is not in the table, its peaks are not known, or too little was measured.
     """
     from memplan.timing.fit import cross_validate, fit
-    from memplan.timing.rows import clean_steps, row_of
+    from memplan.timing.rows import Row, clean_steps, row_of
 
     environment = file.environment
-    card = None if environment is None else match_product(environment.gpu, environment.gpu_total_bytes)
-    finished = [record for record in file.records if record.status == "ok" and clean_steps(record)]
-    if environment is None or card is None or len(finished) < MIN_ROWS:
-        return None
+    if environment is None:
+        raise MemplanError("the records do not say which GPU they were measured on")
+    card = match_product(environment.gpu, environment.gpu_total_bytes)
+    if card is None:
+        raise MemplanError(f"the peaks of `{environment.gpu}` are not known")
+    rows: list[Row] = []
+    for record in file.records:
+        if record.status == "ok" and clean_steps(record):
+            with suppress(MemplanError):
+                rows.append(row_of(record, "own", seed=0))
+    if len(rows) < MIN_ROWS:
+        raise MemplanError(f"{len(rows)} runs have a step to go by, and it takes {MIN_ROWS}")
     start = shipped().constants
-    try:
-        rows = [row_of(record, "own", seed=0) for record in finished]
-        constants = fit(rows, card, start=start)
-    except MemplanError:  # a card without known peaks, or a model that memplan has no family for
-        return None
+    constants = fit(rows, card, start=start)
     source = f"your calibration of {environment.date}, {len(rows)} runs on {environment.gpu}"
     return Fit(card.name, constants, source, cross_validate(rows, card, start=start))
 
@@ -91,4 +99,4 @@ def save(fit: Fit, product: str) -> Path:
 
 
 def _path(product: str) -> Path:
-    return profiles.folder() / f"{profiles._slug(product)}-time.json"
+    return profiles.folder() / f"{profiles.slug(product)}-time.json"
