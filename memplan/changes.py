@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from memplan.train_config import TrainConfig
+from memplan.train_config import LOSSES, TrainConfig
 
 Fields = dict[str, Any]
 
@@ -30,11 +30,11 @@ def _sdpa(c: TrainConfig) -> Fields | None:
 
 
 def _chunked(c: TrainConfig) -> Fields | None:
-    return {"loss": "chunked"} if c.loss == "full" and c.stack != "trainer" else None
+    return {"loss": "chunked"} if c.loss == "full" and "chunked" in LOSSES[c.stack] else None
 
 
 def _liger(c: TrainConfig) -> Fields | None:
-    return {"loss": "liger"} if c.loss == "full" and c.stack != "trl" else None
+    return {"loss": "liger"} if c.loss == "full" and "liger" in LOSSES[c.stack] else None
 
 
 def _fused(c: TrainConfig) -> Fields | None:

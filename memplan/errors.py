@@ -11,6 +11,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_SHOWN = 60
+
+
+def shortened(text: str) -> str:
+    """`text` as an error repeats it: its beginning, where it is long."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
 
 class MemplanError(ValueError):
     """A mistake in the input, said in one line, with what to do about it in `hints`."""
@@ -30,11 +37,11 @@ class UnknownNameError(MemplanError):
         hints = []
         if near:
             hints.append("did you mean " + " or ".join(f"`{n}`" for n in near) + "?")
-        elif len(names) <= 12:
+        elif len(names) <= 12 or not listed_by:
             hints.append("known: " + ", ".join(names))
         if listed_by:
             hints.append(f"`{listed_by}` lists them")
-        super().__init__(f"unknown {kind} `{name}`", hints=hints)
+        super().__init__(f"unknown {kind} `{shortened(name)}`", hints=hints)
         self.near = tuple(near)
 
 

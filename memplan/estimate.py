@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from memplan import catalog, gpus
 from memplan.architectures import decoder_for
-from memplan.errors import MemplanError
+from memplan.architectures.peft_names import name_warnings
 from memplan.gpus import GpuSpec
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.ledger import Ledger, fold
@@ -62,7 +62,8 @@ class Estimate:
         decoder = decoder_for(model, config, device_for(gpu))
         self.program: Program = Composer(decoder, workspace_bytes=self.runtime.workspace_bytes).compose()
         self.ledger: Ledger = fold(self.program)
-        self.warnings: tuple[str, ...] = (*decoder.warnings(), *_count_warning(model, self.program))
+        names = name_warnings(model.model_type, config, self.program.weights)
+        self.warnings: tuple[str, ...] = (*decoder.warnings(), *_count_warning(model, self.program), *names)
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -209,13 +210,9 @@ def make_config(
         said = {**(config or {}), **fields}
         method = said.get("method", (decided or {}).get("method", "lora"))
         unused = NO_USE_FOR.get(str(method), ())
-        return TrainConfig(**{name: value for name, value in (decided or {}).items() if name not in unused} | said)
+        kept = {name: value for name, value in (decided or {}).items() if name not in unused}
+        return TrainConfig.model_validate(kept | said)
     except ValidationError as error:
-        raise MemplanError(*_one_line(error)) from None
+        from memplan.config_errors import complaint
 
-
-def _one_line(error: ValidationError) -> tuple[str]:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return (f"{where}: {message}" if where else message,)
+        raise complaint(error) from None

@@ -27,6 +27,7 @@ from memplan.hf_families import (
 from memplan.hf_rules import FAMILY_RULES, fill_rotary, fill_sliding, fill_widths
 
 MAX_FILE_BYTES = 16 * 2**20
+_WANTED = ("give a Hugging Face `config.json`, or a folder that holds one",)
 
 # ModelSpec's fields that a config may carry, most under the same name.
 _PLAIN = (
@@ -73,23 +74,25 @@ def read_config(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any],
         if path.is_dir():
             path = path / "config.json"
             if not path.is_file():
-                raise InvalidSpecError(f"{config}: the folder holds no `config.json`")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InvalidSpecError(f"{path}: above {MAX_FILE_BYTES // 2**20} MiB, too large for a `config.json`")
-        text = path.read_bytes().decode("utf-8-sig")
-        raw = json.loads(text, parse_constant=_refuse_constant)
+                raise InvalidSpecError(f"{config}: the folder holds no `config.json`", hints=_WANTED)
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)  # a device or a pipe has no size to ask for
+        if len(content) > MAX_FILE_BYTES:
+            size = MAX_FILE_BYTES // 2**20
+            raise InvalidSpecError(f"{path}: above {size} MiB, too large for a `config.json`", hints=_WANTED)
+        raw = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except OSError as error:
-        raise InvalidSpecError(f"{path}: {error.strerror or error}") from None
+        raise InvalidSpecError(f"{path}: {error.strerror or error}", hints=_WANTED) from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidSpecError):
             raise
         reason = "it is not text" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
         raise InvalidSpecError(
             f"{path}: not JSON: {reason}",
-            hints=["give a Hugging Face `config.json`, or a folder that holds one"],
+            hints=_WANTED,
         ) from None
     if not isinstance(raw, dict):
-        raise InvalidSpecError(f"{path}: holds {type(raw).__name__}, not a JSON object")
+        raise InvalidSpecError(f"{path}: holds {type(raw).__name__}, not a JSON object", hints=_WANTED)
     raw.setdefault("name", path.parent.name if path.name == "config.json" else path.stem)
     return raw, str(path)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from memplan.errors import MemplanError
 
 Method = Literal["full", "lora", "qlora"]
 Stack = Literal["torch", "trainer", "trl"]
@@ -58,6 +60,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+LOSSES: dict[str, tuple[str, ...]] = {
+    "torch": ("full", "chunked", "liger"),
+    # transformers 5.17 trainer.py `compute_loss`: the model's own, which `use_liger_kernel` replaces.
+    "trainer": ("full", "liger"),
+    # TRL 1.16 trainer/sft_trainer.py `__init__`: add_fused_lm_head whatever `loss_type` says, and a ValueError for
+    # Liger's `fused_linear_cross_entropy`. (Label smoothing and the deprecated `compute_loss_func` make full logits
+    # in a forward of their own beside it, which is another run.)
+    "trl": ("chunked",),
+}
+"""The losses that each stack can compute."""
+_LOSS_OF = {
+    "trainer": "transformers' Trainer takes the model's own loss, or Liger's",
+    "trl": "SFTTrainer always computes its loss in chunks, and refuses Liger's",
+}
+
 ADAPTER_FIELDS = ("rank", "target_modules", "lora_dropout", "use_dora", "modules_to_save", "adapter_dtype")
 QUANT_FIELDS = ("quant_type", "double_quant", "kbit_prep")
 NO_USE_FOR: dict[str, tuple[str, ...]] = {
@@ -87,7 +104,7 @@ class TrainConfig(BaseModel):
     """LoRA rank (PEFT `r`); 16 unless told. None for `full`."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that get an adapter (PEFT `target_modules`)."""
-    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
     """Dropout before the adapter (PEFT `lora_dropout`)."""
     use_dora: bool = False
     """Weight-decomposed adapters (PEFT `use_dora`)."""
@@ -125,8 +142,8 @@ class TrainConfig(BaseModel):
     optimizer: str = "adamw_torch"
     """Optimizer by its Hugging Face `optim` string."""
     loss: Loss = "full"
-    """Full logits, TRL's chunks, or Liger's fused linear cross-entropy."""
-    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Full logits, TRL's chunks, or Liger's fused linear cross-entropy; not every stack has each (`LOSSES`)."""
+    max_grad_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     """Gradients are clipped to this norm; 0 turns clipping off."""
 
     @model_validator(mode="before")
@@ -145,7 +162,10 @@ class TrainConfig(BaseModel):
         for name in NO_USE_FOR.get(method, ()):
             default = cls.model_fields[name].default
             if name in data and data[name] not in (None, default):
-                raise ValueError(f"`{name}` has no meaning with method `{method}`")
+                needs = "qlora" if name in QUANT_FIELDS else "lora` or `qlora"
+                raise MemplanError(
+                    f"`{name}` has no meaning with method `{method}`", hints=[f"leave it out, or take method `{needs}`"]
+                )
             filled[name] = default
         return filled
 
@@ -158,27 +178,42 @@ class TrainConfig(BaseModel):
             config.__pydantic_fields_set__.intersection_update(said)
         return config
 
-    @field_validator("target_modules", mode="before")
+    @field_validator("target_modules", "modules_to_save", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         if isinstance(value, str) and value != "all-linear":
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, list | tuple):
-            if not value:
-                raise ValueError("name at least one module, or `all-linear`")
-            return tuple(value)
+            return tuple([part.strip() for part in value.split(",") if part.strip()])
+        return value
+
+    @field_validator("target_modules", "modules_to_save")
+    @classmethod
+    def _no_empty_name(cls, value: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
+        if info.field_name == "target_modules" and not value:
+            raise MemplanError("name at least one module, or `all-linear`", hints=["such as `q_proj,v_proj`"])
+        if not isinstance(value, str) and "" in value:
+            raise MemplanError("an empty name", hints=["write names such as `q_proj` or `lm_head`"])
         return value
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.autocast and self.weight_dtype == "fp16":
-            raise ValueError(
-                "`autocast` is bf16 here, and fp16 weights under bf16 autocast are not a run anybody makes"
+            raise MemplanError(
+                "`autocast` is bf16 here, and fp16 weights under bf16 autocast are not a run anybody makes",
+                hints=["turn `autocast` off, or load the weights in bf16"],
             )
         if self.reentrant and not self.gradient_checkpointing:
-            raise ValueError("`reentrant` has no meaning without `gradient_checkpointing`")
+            raise MemplanError(
+                "`reentrant` has no meaning without `gradient_checkpointing`",
+                hints=["turn `gradient_checkpointing` on, or leave `reentrant` out"],
+            )
         if self.quant_type == "int8" and "double_quant" in self.model_fields_set and self.double_quant:
-            raise ValueError("`double_quant` is of 4-bit storage; int8 has none")
+            raise MemplanError("`double_quant` is of 4-bit storage; int8 has none", hints=["leave `double_quant` out"])
+        if self.loss not in LOSSES[self.stack]:
+            stacks = " or ".join(f"`{stack}`" for stack, losses in LOSSES.items() if self.loss in losses)
+            raise MemplanError(
+                f"stack `{self.stack}` has no loss `{self.loss}`: {_LOSS_OF[self.stack]}",
+                hints=[f"`{self.loss}` is for stack {stacks}, or leave `loss` out"],
+            )
         return self
 
     def but(self, **changes: Any) -> Self:

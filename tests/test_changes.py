@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from itertools import product
 from typing import Any
@@ -15,7 +16,7 @@ from memplan.train_config import TrainConfig
 
 MODEL = "smollm2-135m"
 LARGE = {"micro_batch_size": 4, "seq_len": 1024}
-EAGER = {"attention": "eager", "gradient_checkpointing": False, "loss": "full"}
+EAGER = {"attention": "eager", "gradient_checkpointing": False}
 RUNS: list[dict[str, Any]] = [
     {"method": method, "stack": stack, **LARGE, **extra}
     for method, stack, extra in product(
@@ -77,5 +78,21 @@ def test_flags_are_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch) 
         asked.clear()
         assert app.run(["estimate", MODEL, *flags(fields).split()]) == 130
         (run,) = asked
-        made = TrainConfig(**{"method": "qlora" if "rank" in fields else "lora", **run})
+        made = TrainConfig(**{"method": "qlora" if "rank" in fields else "lora", "stack": "torch", **run})
         assert all(getattr(made, name) == value for name, value in fields.items())
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_no_stack_is_given_a_loss_that_it_does_not_have(run: dict[str, Any]) -> None:
+    config = TrainConfig(**run)
+    losses = {fields["loss"] for _, fields in applicable(config) if "loss" in fields}
+    assert losses == {"torch": {"chunked", "liger"}, "trainer": {"liger"}, "trl": set()}[config.stack]
+
+
+@pytest.mark.oracle
+def test_sft_trainer_refuses_the_other_losses() -> None:
+    """Whatever `loss_type` says it makes no logits, and it does not take Liger's loss."""
+    sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
+    source = inspect.getsource(sft_trainer.SFTTrainer.__init__)
+    assert 'if liger_kernel_config.get("fused_linear_cross_entropy"):\n                raise ValueError' in source
+    assert source.count("add_fused_lm_head(") == 1

@@ -45,6 +45,12 @@ def memplan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+def test_python_runs_the_package() -> None:
+    done = subprocess.run([sys.executable, "-m", "memplan", "gpus", "--at-least", "24"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+
+
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "memplan.cli.app", *arguments]
@@ -147,18 +153,26 @@ def test_every_command_prints_json(memplan: Memplan, arguments: tuple[str, ...])
         (("estimate", MODEL, "--gpu", "24"), "no unit", "`24GiB`"),
         (("estimate", MODEL, "--gpu", "a100"), "ambiguous", "a100-80gb"),
         (("estimate", MODEL, "--optimizer", "adamw_torc"), "unknown optimizer", "`adamw_torch`"),
-        (("estimate", MODEL, "--method", "full", "--rank", "8"), "`rank` has no meaning", ""),
+        (("estimate", MODEL, "--method", "full", "--rank", "8"), "`rank` has no meaning", "`lora`"),
         (("estimate", MODEL, "--rank", "0"), "rank", ""),
         (("estimate", MODEL, "--rank", "-1"), "rank", ""),
         (("estimate", MODEL, "--seq-len", "99999999999999"), "seq_len", ""),
         (("estimate", MODEL, "--rank", "many"), "--rank", "memplan estimate -h"),
-        (("estimate", MODEL, "--method", "lora2"), "'qlora'", "memplan estimate -h"),
+        (("estimate", MODEL, "--method", "lora2"), "'qlora'", "`lora`"),
+        (("estimate", MODEL, "--loss", "full"), "stack `trl` has no loss `full`", "`trainer`"),
+        (("estimate", MODEL, "--loss", "liger"), "stack `trl` has no loss `liger`", "`trainer`"),
+        (("estimate", MODEL, "--stack", "trainer", "--loss", "chunked"), "no loss `chunked`", "`trl`"),
+        (("estimate", MODEL, "--target-modules", "lm_head"), "`lm_head`", "`trainer`"),
+        (("estimate", MODEL, "--target-modules", "c_attn"), "gets an adapter", "`all-linear`"),
+        (("estimate", "qwen3-30b-a3b", "--target-modules", "gate_proj"), "lacks `up_proj`", "both projections"),
+        (("estimate", "bloom-560m", "--attention", "sdpa"), "no sdpa", "eager"),
+        (("estimate", "bloom-560m", "--attention", "flash_attention_2"), "no flash", "eager"),
         (("estimate", MODEL, "--methd", "lora"), "no such option", "`--method`"),
         (("estimate", MODEL, "--autocast", "--no-autocast"), "exclude each other", ""),
         (("estimate", MODEL, "--target-modules", ""), "at least one module", ""),
         (("estimate", MODEL, "--allocator", "nonsense:1"), "nonsense", ""),
         (("estimate",), "missing argument", "memplan estimate -h"),
-        (("estmate", MODEL), "'estimate'", "memplan -h"),
+        (("estmate", MODEL), "no such command", "`estimate`"),
         (("compare", MODEL, "--variants", "0"), "--variants", ""),
         (("compare", MODEL, "--method", "lora"), "no such option", ""),
         (("models", "--family", "lama"), "unknown family", "`llama`"),
@@ -173,6 +187,7 @@ def test_bad_input_is_one_line_with_a_hint(memplan: Memplan, arguments: tuple[st
     assert result.out == ""
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+    assert lines[1:]
     assert all(line.startswith("hint: ") for line in lines[1:])
     assert hints in "\n".join(lines[1:])
 
@@ -252,8 +267,9 @@ OTHER_VALUES = {
 def test_an_option_reaches_its_field(memplan: Memplan, name: str) -> None:
     field, option = name.removeprefix("no_"), f"--{name.replace('_', '-')}"
     value = [OTHER_VALUES[name]] if name in OTHER_VALUES else []
-    method = [] if name == "method" else ["--method", "qlora"]
-    result = memplan("estimate", MODEL, *method, option, *value, "--json")
+    others = [] if name == "method" else ["--method", "qlora"]
+    others += ["--stack", "torch"] if name == "loss" else []
+    result = memplan("estimate", MODEL, *others, option, *value, "--json")
     assert result.err == ""
     document = json.loads(result.out)
     assert field not in document["assumed"]

@@ -22,7 +22,16 @@ MODULES = {
 # From the ground up: a module imports from its own layer and from those below.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "units", "dtypes"),
-    ("hf_config", "hf_families", "hf_rules", "model_spec", "safetensors_header", "train_config", "gpu_table"),
+    (
+        "hf_config",
+        "hf_families",
+        "hf_rules",
+        "model_spec",
+        "safetensors_header",
+        "train_config",
+        "config_errors",
+        "gpu_table",
+    ),
     ("catalog", "gpus", "hub", "prequantized", "prices", "profiles"),
     ("ops",),
     ("architectures",),
@@ -31,7 +40,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("calibration", "timing"),
     ("*",),  # the questions: compare, explain, fit, cost, plan, plot, …
     ("report", "report_*", "*_report"),
-    ("cli",),
+    ("cli", "__main__"),
 ]
 HEAVY = {"accelerate", "bitsandbytes", "matplotlib", "numpy", "peft", "pynvml", "torch", "transformers", "trl"}
 # Where a heavy package may be imported at the top of a module.

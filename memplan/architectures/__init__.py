@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from memplan.architectures.run_checks import check_run
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
@@ -81,8 +82,10 @@ def decoder_for(spec: ModelSpec, config: TrainConfig, device: Device = HOPPER) -
 
     Raises:
         UnknownNameError: a `model_type` that has no family yet.
+        MemplanError: attention that the family does not have.
     """
     family = FAMILIES.get(spec.model_type)
     if family is None:
         raise UnknownNameError("model_type", spec.model_type, FAMILIES)
+    check_run(spec, config, supports_sdpa=family.supports_sdpa)
     return family(spec, config, device)

@@ -9,7 +9,6 @@ projections have the same names are not adapted either.
 
 from __future__ import annotations
 
-import fnmatch
 from typing import Literal
 
 from memplan.errors import MemplanError
@@ -33,13 +32,18 @@ def converts_experts(model_type: str) -> bool:
     return model_type in _CONVERTED
 
 
+def converted_names(model_type: str) -> tuple[str, ...]:
+    """Names that PEFT takes for parts of that family's experts and router."""
+    return tuple(_CONVERTED.get(model_type, {}))
+
+
 def adapts_module(model_type: str, targets: Targets, name: str) -> bool:
     """Whether the linear layer `name` gets an adapter (tuners/tuners_utils.py `check_target_module_exists`)."""
     converted = _CONVERTED.get(model_type, {})
     if targets == "all-linear":
         return not name.startswith("lm_head") and name.rpartition(".")[2] not in converted
     kept = [t for t in targets if t.rpartition(".")[2] not in converted]
-    return any(name == t or name.endswith("." + t) or fnmatch.fnmatch(name, t) for t in kept)
+    return any(name == t or name.endswith("." + t) for t in kept)
 
 
 def parameter_rank(model_type: str, targets: Targets, name: str, rank: int) -> int:

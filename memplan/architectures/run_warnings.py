@@ -1,9 +1,11 @@
 """What the user of any decoder should know of a run: what is left out of the model, how its checkpoint is stored,
-positions beyond the model's, attention that its family lacks, what int8 keeps in 16 bits."""
+positions beyond the model's, attention that its family lacks, what int8 keeps in 16 bits, a loss that Liger does not
+replace."""
 
 from __future__ import annotations
 
 from memplan.model_spec import ModelSpec
+from memplan.ops.loss_liger import builds_logits
 from memplan.prequantized import storage_warnings
 from memplan.train_config import TrainConfig
 
@@ -16,6 +18,7 @@ def run_warnings(spec: ModelSpec, config: TrainConfig, attention: str) -> list[s
         *_positions(spec, config),
         *_attention(spec, config, attention),
         *_outliers(config),
+        *_liger(spec, config),
     ]
 
 
@@ -30,6 +33,11 @@ def _positions(spec: ModelSpec, config: TrainConfig) -> list[str]:
 
 
 def _attention(spec: ModelSpec, config: TrainConfig, attention: str) -> list[str]:
+    if attention == "flash_attention_2":
+        return [
+            "flash-attn's kernels are counted as those of PyTorch's sdpa and were not measured; "
+            "with padding they unpad, which is not counted"
+        ]
     if attention == config.attention:
         return []
     return [
@@ -46,3 +54,9 @@ def _outliers(config: TrainConfig) -> list[str]:
         "LLM.int8() keeps columns with an activation over 6.0 in 16 bits: how many depends on data and is not counted "
         "(a few a layer in trained models; up to 37 % of allocated was measured with random weights)"
     ]
+
+
+def _liger(spec: ModelSpec, config: TrainConfig) -> list[str]:
+    if config.loss != "liger" or not builds_logits("liger", spec.model_type):
+        return []
+    return [f"Liger has no fused loss for `{spec.model_type}`: the model makes its full logits all the same"]

@@ -51,8 +51,6 @@ def train_with_library(
 
 
 def _trainer(case: Case, config: TrainConfig, model: Any, folder: str, device: torch.device) -> Any:
-    if config.loss == "chunked":
-        raise MemplanError("transformers' Trainer has no chunked loss", hints=["measure it with `stack=trl`"])
     args = transformers.TrainingArguments(**_arguments(case, config, folder, device))
     return transformers.Trainer(
         model=prepare(model, config),
@@ -63,8 +61,6 @@ def _trainer(case: Case, config: TrainConfig, model: Any, folder: str, device: t
 
 
 def _sft_trainer(case: Case, config: TrainConfig, model: Any, folder: str, device: torch.device) -> Any:
-    if config.loss != "chunked":
-        raise MemplanError(f"SFTTrainer computes its loss in chunks, never `{config.loss}`")
     if config.padding and config.micro_batch_size == 1:
         raise MemplanError("SFTTrainer pads to the longest row of a batch, and this batch has one row")
     import datasets  # type: ignore[import-not-found,unused-ignore]

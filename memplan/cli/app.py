@@ -6,7 +6,9 @@ Only the command that is named gets imported; the others are there for help, com
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -98,9 +100,10 @@ def run(arguments: Sequence[str]) -> int:
         # No command at all: help, and the status of a usage error.
         return 2 if not arguments else status if isinstance(status, int) else 0
     except MemplanError as error:
-        return _complain(error.message, error.hints)
+        return _complain(error.message, error.hints or [_help_of(named)])
     except typer.TyperException as error:
-        return _complain(*_usage(error))
+        message, hints = _usage(error)
+        return _complain(message, [*hints, _help_of(named)])
     except (KeyboardInterrupt, typer.Abort):
         emit("aborted", err=True)
         return 130
@@ -119,17 +122,20 @@ def _words(arguments: Sequence[str]) -> Sequence[str]:
     return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()[1:]
 
 
+def _help_of(command: str) -> str:
+    return f"`memplan {command} -h` shows what is legal" if command in COMMANDS else "`memplan -h` shows what is legal"
+
+
 def _usage(error: typer.TyperException) -> tuple[str, list[str]]:
-    """typer's complaint about the command line in memplan's words."""
-    message = error.format_message().replace("Value error, ", "").rstrip(".")
-    possible = list(getattr(error, "possibilities", None) or ())
-    hints = []
-    if possible:
-        message = message.partition(" (Possible")[0]
-        hints.append("did you mean " + " or ".join(f"`{name}`" for name in possible) + "?")
-    context = getattr(error, "ctx", None)
-    if context is not None:
-        hints.append(f"`{context.command_path} -h` shows what is legal")
+    """typer's complaint about the command line in memplan's words, and the nearest names."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".?")
+    message, _, command = message.partition(". Did you mean ")
+    possible = [f"`{name}`" for name in getattr(error, "possibilities", None) or ()] or [command.replace("'", "`")]
+    if wrong := re.search(r"'([^']*)' is not one of (.+)$", message):
+        legal = [name.strip("' ") for name in wrong.group(2).split(",")]
+        possible = [f"`{name}`" for name in difflib.get_close_matches(wrong.group(1).lower(), legal, n=2, cutoff=0.5)]
+    hints = [f"did you mean {' or '.join(possible)}?"] if any(possible) else []
+    message = message.partition(" (Possible")[0]
     return message[:1].lower() + message[1:], hints
 
 

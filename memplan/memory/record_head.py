@@ -104,24 +104,27 @@ def _model_outputs(decoder: Decoder, lm_head: object, hidden_states: Tensor) -> 
     config, spec = decoder.config, decoder.spec
     counted = config.stack != "torch"  # the trainers pass num_items_in_batch
     if config.loss == "chunked":
-        weight, bias = _weight_of(lm_head)
+        weight, bias = _weight_of(lm_head, config.stack)
         batch, tokens = decoder.batch
         fused = fused_lm_head(
             hidden_states, weight, bias, num_labels=batch * (tokens - 1), with_metrics=config.stack == "trl"
         )
         return _Outputs(fused.loss, fused=fused)
     if not builds_logits(config.loss, spec.model_type):
-        return _Outputs(liger_causal_lm_loss(hidden_states, _weight_of(lm_head)[0], num_items_in_batch=counted))
+        return _Outputs(
+            liger_causal_lm_loss(hidden_states, _weight_of(lm_head, config.stack)[0], num_items_in_batch=counted)
+        )
     assert callable(lm_head)
     logits = decoder.after_head(lm_head(hidden_states))
     return _Outputs(causal_lm_loss(logits, num_items_in_batch=counted), logits)
 
 
-def _weight_of(lm_head: object) -> tuple[Tensor, Tensor | None]:
+def _weight_of(lm_head: object, stack: str) -> tuple[Tensor, Tensor | None]:
     if not isinstance(lm_head, Linear):
+        full = "take stack `torch` or `trainer`" if stack == "trl" else "take `loss=full`"
         raise MemplanError(
             "this loss reads the weight of `lm_head` itself, so an adapter on it would not be trained",
-            hints=["leave `lm_head` out of `target_modules`, or use `loss=full`"],
+            hints=[f"leave `lm_head` out of `target_modules`, or {full}; `modules_to_save` may name it"],
         )
     return lm_head.weight, lm_head.bias
 

@@ -1,0 +1,5 @@
+"""`python -m memplan`: the `memplan` command."""
+
+from memplan.cli.app import main
+
+main()
