@@ -86,12 +86,19 @@ class Llama(Decoder):
 
         return forward
 
-    def gated_mlp(self, build: Builder, intermediate_size: int | None = None, prefix: str = "mlp") -> Mlp:
+    def gated_mlp(
+        self,
+        build: Builder,
+        intermediate_size: int | None = None,
+        prefix: str = "mlp",
+        *,
+        quantises_down_proj: bool = True,
+    ) -> Mlp:
         spec = self.spec
         hidden, width = spec.hidden_size, intermediate_size or spec.intermediate_size
         gate_proj = build.linear(f"{prefix}.gate_proj", hidden, width, bias=spec.mlp_bias)
         up_proj = build.linear(f"{prefix}.up_proj", hidden, width, bias=spec.mlp_bias)
-        down_proj = build.linear(f"{prefix}.down_proj", width, hidden, bias=spec.mlp_bias)
+        down_proj = build.linear(f"{prefix}.down_proj", width, hidden, bias=spec.mlp_bias, quantise=quantises_down_proj)
         activation = self.activation()
 
         def forward(x: Tensor) -> Tensor:

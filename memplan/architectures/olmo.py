@@ -3,7 +3,9 @@
 Sources: transformers 5.17 models/olmo/modeling_olmo.py, models/olmo2/modeling_olmo2.py, models/olmo3/modeling_olmo3.py.
 What is special for memory:
 - the products with cos and sin are fp32 whatever the model's dtype, and cast back after the sum;
-- olmo: LayerNorm without weights, run in fp32 between two casts; clipping keeps copies of q, k and v;
+- olmo: LayerNorm without weights, run in fp32 between two casts; clipping keeps copies of q, k and v; with a tied head
+  the last parameter of all is the last layer's down_proj, which is therefore not quantised
+  (quantizers/base.py `get_keys_to_not_convert` takes it for the head);
 - olmo2 and olmo3: norms after attention and MLP in place of before; q and k are normed over their whole projection;
   a norm multiplies by its weight in fp32, and casts after it;
 - olmo3: layers with a sliding window, which have a rotary table of their own.
@@ -12,7 +14,7 @@ What is special for memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm
+from memplan.architectures.decoder import Attention, Layer, Mlp, Norm
 from memplan.architectures.llama import Llama
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
@@ -20,8 +22,18 @@ from memplan.ops.norm import LateCastRMSNorm, LayerNorm
 from memplan.ops.pointwise import add, clip_in_place, to
 from memplan.ops.tensor import Tensor
 
+_LAST = " without a quantised down_proj"
+
 
 class Olmo(Llama):
+    def layer_kind(self, index: int) -> str:
+        spec, kind = self.spec, super().layer_kind(index)
+        taken_for_head = spec.tie_word_embeddings and not spec.norm_affine and index == spec.num_hidden_layers - 1
+        return kind + _LAST if taken_for_head else kind
+
+    def mlp(self, build: Builder, kind: str) -> Mlp:
+        return self.gated_mlp(build, quantises_down_proj=not kind.endswith(_LAST))
+
     def shared_dtype(self, hidden: DType) -> DType:
         return DType.fp32
 

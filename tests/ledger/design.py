@@ -32,6 +32,7 @@ WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepsee
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "olmo_tied": ("olmo", {"tie_word_embeddings": True}),
     "llama_biased": ("llama", {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
     "mistral_window": ("mistral", {"sliding_window": 64}),
     "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
