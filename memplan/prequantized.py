@@ -65,13 +65,14 @@ def check_storage(spec: ModelSpec, config: TrainConfig) -> None:
         asked = getattr(config, name)
         if asked != value:
             raise MemplanError(
-                f"`{spec.label}` comes quantised ({_told(fields)}), and transformers loads it so: "
+                f"`{spec.label}` comes quantised ({told(fields)}), and transformers loads it so: "
                 f"`{name}={asked}` cannot be had",
-                hints=["leave it out, or name the model that was quantised"],
+                hints=["ask for method `qlora` alone, or name the model that was quantised"],
             )
 
 
-def _told(fields: dict[str, Any]) -> str:
+def told(fields: dict[str, Any]) -> str:
+    """`storage_fields` in words."""
     double = {True: ", double quantisation", False: ", no double quantisation", None: ""}
     return f"{fields['quant_type']}{double[fields.get('double_quant')]}"
 

@@ -14,6 +14,7 @@ from memplan.memory.runtime import Runtime
 from memplan.model_spec import ModelSpec
 
 if TYPE_CHECKING:
+    from memplan.anatomy import Anatomy
     from memplan.compare import Comparison
     from memplan.estimate import Estimate
 
@@ -223,6 +224,26 @@ class ModelShowReport(Report):
     command: Literal["models show"] = "models show"
     model: dict[str, Any]
     """The ModelSpec."""
+    parts: dict[str, int]
+    """Parameters by part."""
+    kept_bytes_per_token: dict[str, dict[str, int]]
+    """By method and kind of layer, without gradient checkpointing."""
+    checkpointed_bytes_per_token: dict[str, int]
+    """By method, with gradient checkpointing."""
+    num_layers: dict[str, int]
+    """By kind of layer."""
+    pitfalls: list[str]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, parts: Anatomy) -> Self:
+        return cls(
+            model=spec.model_dump(mode="json"),
+            parts=parts.parts,
+            kept_bytes_per_token={method: dict(kept) for method, kept in parts.kept_per_token.items()},
+            checkpointed_bytes_per_token=dict(parts.checkpointed_per_token),
+            num_layers=parts.num_layers,
+            pitfalls=list(parts.pitfalls),
+        )
 
 
 class GpusReport(Report):

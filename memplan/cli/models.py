@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bold, columns, dim, emit, join, paragraph
+from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph, percent
 
 if TYPE_CHECKING:
+    from memplan.anatomy import Anatomy
     from memplan.model_spec import ModelSpec
 
 EPILOG = """Examples:
@@ -63,21 +64,23 @@ def list_models(
 
 
 def show(model: options.Model, as_json: options.Json = False) -> None:
-    """What memplan knows of one model, in the names of its config.json, and where that comes from."""
+    """One model taken apart: its sizes, parameters by part, what a layer keeps of a token, pitfalls, and the source."""
     from memplan import catalog
+    from memplan.anatomy import anatomy
 
     spec = catalog.load(model)
+    taken_apart = anatomy(spec)
     if as_json:
         from memplan.report import ModelShowReport
 
-        emit(ModelShowReport(model=spec.model_dump(mode="json")).model_dump_json(indent=2))
+        emit(ModelShowReport.of(spec, taken_apart).model_dump_json(indent=2))
         return
-    emit(join(_spec_lines(spec)))
+    emit(join([*_spec_lines(spec), *_anatomy_lines(taken_apart), *_origin_lines(spec)]))
 
 
 def _spec_lines(spec: ModelSpec) -> Iterator[str]:
-    """What differs from a field's default, then names, source and notes."""
-    apart = ("name", "aliases", "source", "num_parameters", "hf_repo", "notes")
+    """What differs from a field's default."""
+    apart = ("name", "aliases", "source", "num_parameters", "hf_repo", "notes", "left_out")
     yield bold(spec.label)
     rows = []
     for name, field in type(spec).model_fields.items():
@@ -85,8 +88,31 @@ def _spec_lines(spec: ModelSpec) -> Iterator[str]:
         if name not in apart and (field.is_required() or value != field.default):
             rows.append((name, _short(value)))
     yield from columns(rows, "ll")
-    if spec.num_parameters:
-        yield f"parameters  {spec.num_parameters:,}"
+
+
+def _anatomy_lines(taken_apart: Anatomy) -> Iterator[str]:
+    """Parameters by part, the ledger of one layer, pitfalls."""
+    from memplan.anatomy import SEQ_LEN
+
+    parts = taken_apart.parts
+    total = sum(parts.values())
+    yield heading("parameters", f"{total:,}")
+    yield from columns([(name, f"{count:,}", percent(count, total)) for name, count in parts.items()], "lrr")
+    yield heading("one layer keeps for backward", f"bytes a token of {SEQ_LEN:,}, rank 16, --stack trl")
+    kept = taken_apart.kept_per_token
+    rows = [("", *kept)]
+    rows += [
+        (f"{num_layers} × {kind}", *(f"{by_kind[kind]:,}" for by_kind in kept.values()))
+        for kind, num_layers in taken_apart.num_layers.items()
+    ]
+    rows.append(("with gradient checkpointing", *(f"{n:,}" for n in taken_apart.checkpointed_per_token.values())))
+    yield from columns(rows, "lrrr")
+    for pitfall in taken_apart.pitfalls:
+        yield from paragraph(pitfall, first="pitfall  ")
+
+
+def _origin_lines(spec: ModelSpec) -> Iterator[str]:
+    """Other names, source and notes."""
     names = [*spec.aliases, *([spec.hf_repo] if spec.hf_repo else [])]
     if names:
         yield from paragraph(", ".join(dict.fromkeys(names)), first="also known as  ")
@@ -97,6 +123,8 @@ def _spec_lines(spec: ModelSpec) -> Iterator[str]:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={held}" for key, held in value.items() if isinstance(held, str | int | bool))
     if not isinstance(value, tuple):
         return str(value)
     kinds = dict.fromkeys(map(str, value))
