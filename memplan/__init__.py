@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memplan.model_spec import ModelSpec
     from memplan.plan import Plan, plan
     from memplan.train_config import TrainConfig
+    from memplan.validation import Validation, validate
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "TrainConfig",
     "UnknownNameError",
+    "Validation",
     "__version__",
     "cost",
     "estimate",
@@ -38,6 +40,7 @@ __all__ = [
     "plan",
     "plot",
     "solve",
+    "validate",
 ]
 
 _HOMES = {
@@ -51,11 +54,13 @@ _HOMES = {
     "Plan": "plan",
     "TrainConfig": "train_config",
     "UnknownNameError": "errors",
+    "Validation": "validation",
     "cost": "cost",
     "estimate": "estimate",
     "fit": "fit",
     "plan": "plan",
     "solve": "fit",
+    "validate": "validation",
 }
 
 

@@ -6,14 +6,14 @@ do as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memplan import gpus
 from memplan.calibration.compare import Comparison, Row, Summary, compare, summarise
-from memplan.calibration.record import Record, RecordFile, read_records
+from memplan.calibration.record import Environment, Record, RecordFile, read_records
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
@@ -74,6 +74,8 @@ class Validation:
 
     runs: tuple[Run, ...]
     comparison: Comparison
+    environments: Mapping[str, Environment | None]
+    """What each file was measured on, by name; None where it does not say."""
 
     def rows(self, tier: str, runs: Iterable[Run] | None = None) -> list[Row]:
         return [row for run in (self.runs if runs is None else runs) if (row := run.row(tier)) is not None]
@@ -137,7 +139,7 @@ def validate(paths: Sequence[Path] = (), *, progress: Progress | None = None) ->
         verdicts=tuple(v for one in comparisons for v in one.verdicts),
         unpredicted=tuple(u for one in comparisons for u in one.unpredicted),
     )
-    return Validation(tuple(runs), together)
+    return Validation(tuple(runs), together, {path.stem: file.environment for path, file in read})
 
 
 def gpu_of(file: RecordFile) -> GpuSpec | None:

@@ -215,7 +215,7 @@ def test_bad_command_lines_exit_2(arguments: str, capsys: pytest.CaptureFixture[
 
 
 def test_the_front_can_be_drawn(made: memplan.Plan, tmp_path: Path) -> None:
-    from memplan.plan_plot import plan_front
+    from memplan.plot import plan_front
 
     (axes,) = plan_front(made).axes
     names = {text.get_text().removesuffix(" (take this)") for text in axes.texts}

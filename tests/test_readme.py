@@ -13,17 +13,13 @@ from pathlib import Path
 import pytest
 
 from memplan.cli import app
+from tests.printed import agree
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 ELLIPSIS = "..."
-# How far a printed number may be from the README's before it must be written anew.
-TOLERANCE = 0.02
-ROUNDING = 0.02
-"""Of a figure with two decimals, or twice the last digit of a whole one."""
 
 
 def sessions() -> list[tuple[str, list[str]]]:
@@ -42,25 +38,6 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str
     capsys.readouterr()
     status = app.run(shlex.split(command)[1:])
     return status, capsys.readouterr().out.splitlines()
-
-
-def shape(line: str) -> str:
-    """A line without its numbers, bars and spacing."""
-    return " ".join(NUMBER.sub("#", re.sub("[━╸]+", "", line)).split())
-
-
-def agree(shown: str, printed: str) -> bool:
-    """The same words and, to within the tolerance, the same numbers."""
-    if shape(shown) != shape(printed):
-        return False
-    pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
-    return all(near(old, new) for old, new in pairs)
-
-
-def near(old: str, new: str) -> bool:
-    a, b = float(old.replace(",", "")), float(new.replace(",", ""))
-    rounding = ROUNDING if "." in old else 2
-    return abs(a - b) <= max(TOLERANCE * abs(a), rounding)
 
 
 def follows(shown: list[str], printed: list[str]) -> bool:

@@ -112,7 +112,7 @@ def plan(
         kind=kind,
     )
     if plot is not None:
-        from memplan.plan_plot import plan_front
+        from memplan.plot import plan_front
         from memplan.plot.save import save
 
         save(plan_front(result), plot)
