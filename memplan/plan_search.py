@@ -20,7 +20,7 @@ from memplan.cost import Interval, amount_of, bounds
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
-from memplan.memory.ledger import fold
+from memplan.memory.ledger import peak_of
 from memplan.memory.program import Composer, Program
 from memplan.memory.runtime import device_for, runtime_for
 from memplan.model_spec import ModelSpec
@@ -74,7 +74,7 @@ class Counted:
         decoder = decoder_for(search.spec, self.shown, device_for(card))
         workspace_bytes = search.runtimes[card.name].workspace_bytes
         self.program = Composer(decoder, workspace_bytes=workspace_bytes, num_steps=2).compose()
-        self.tensor_bytes = fold(self.program).peak_bytes
+        self.tensor_bytes = peak_of(self.program)
 
     @cached_property
     def work(self) -> StepWork:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from memplan import catalog, gpus
+from memplan.memory.resident import forget
 from memplan.plan import plan
 from memplan.prices import Price
 
@@ -21,6 +22,7 @@ def measure(model: str, cards: Sequence[str], total_batch_size: int, repeats: in
     spec = catalog.load(model)
     seconds = []
     for _ in range(repeats):
+        forget()
         began = time.process_time()
         found = plan(spec, num_tokens=50_000_000, gpu_names=cards, price_rows=ROWS, total_batch_size=total_batch_size)
         seconds.append(time.process_time() - began)

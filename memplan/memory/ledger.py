@@ -60,6 +60,27 @@ def sum_tape(tape: Tape, frame: Frame) -> TapeSum:
     return TapeSum(net, peak, live, best)
 
 
+def peak_of(program: Program) -> int:
+    """The `peak_bytes` of `fold` alone, in half the time."""
+    sums: dict[tuple[int, int], tuple[int, int]] = {}
+    total = peak = 0
+    for play in program.plays:
+        sizes = program.frames[play.frame].sizes
+        key = id(play.tape), id(sizes)
+        found = sums.get(key)
+        if found is None:
+            live = best = 0
+            for slot, size in play.tape:
+                live += size or -sizes[slot]
+                if live > best:
+                    best = live
+            found = sums[key] = live, best
+        if total + found[1] > peak and play.phase not in BEFORE_STEPS:
+            peak = total + found[1]
+        total += found[0]
+    return peak
+
+
 def fold(program: Program) -> Ledger:
     """The ledger of `program`."""
     ledger = Ledger()

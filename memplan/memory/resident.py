@@ -1,7 +1,7 @@
 """What a run holds from its start: weights and adapters as loading leaves them, and the optimizer's states.
 
-None of it depends on the batch. A search over batch sizes and sequence lengths asks for the same again and again,
-so that the last few are kept.
+None of it depends on the batch or on checkpointing. A search over batch sizes and sequence lengths asks for the same
+again and again, so that the last few are kept.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from memplan.ops.device import Device
 from memplan.train_config import TrainConfig
 
 _NUM_KEPT = 8
-_SAID_OF_THE_BATCH = ("micro_batch_size", "seq_len")
-_FIELDS = tuple(name for name in TrainConfig.model_fields if name not in _SAID_OF_THE_BATCH)
+_SAID_OF_THE_STEP = (
+    "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "reentrant",
+)  # fmt: skip
+_FIELDS = tuple(name for name in TrainConfig.model_fields if name not in _SAID_OF_THE_STEP)
 _BUT_NAME = tuple(field.name for field in fields(Weight) if field.name != "name")
 assert fields(Weight)[0].name == "name"
 
