@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from memplan import catalog, gpus
 from memplan.architectures import decoder_for
 from memplan.architectures.peft_names import name_warnings
 from memplan.gpus import GpuSpec
+from memplan.memory.allocator import OutOfMemory
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.ledger import Ledger, fold
 from memplan.memory.program import Composer, Program
@@ -69,6 +71,26 @@ class Estimate:
     def simulation(self) -> Simulation:
         """The program played on the caching allocator."""
         return simulate(self.program, self.allocator_config)
+
+    def spare_within(self, capacity_bytes: int) -> int:
+        """Bytes to spare when the driver has `capacity_bytes` for the allocator; below 0 for a run that fails.
+
+        0 where the run gets through only by giving cached memory back, and where it fails, what is missing there and
+        then. A run that no limit touches is played once: under the limit and without it are the same.
+        """
+        known = self.__dict__.get("simulation")
+        if known is not None and not known.met_limit and known.highest_reserved_bytes <= capacity_bytes:
+            return int(capacity_bytes - known.highest_reserved_bytes)
+        if self.tensor_bytes > capacity_bytes:  # nothing to play where the tensors alone are too much
+            return capacity_bytes - self.tensor_bytes
+        try:
+            played = simulate(self.program, replace(self.allocator_config, capacity_bytes=capacity_bytes))
+        except OutOfMemory as out:
+            return -max(out.missing_bytes, 1)
+        if played.met_limit:
+            return 0
+        self.simulation = played
+        return capacity_bytes - played.highest_reserved_bytes
 
     @property
     def allocated_bytes(self) -> int:

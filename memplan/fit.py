@@ -7,7 +7,7 @@ at the limit it gives cached blocks back to the driver and tries again, as PyTor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -16,12 +16,10 @@ from memplan.changes import Change, Fields, applicable, flags
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate, ModelLike, make_config
 from memplan.gpus import GpuSpec
-from memplan.memory.allocator import OutOfMemory
 from memplan.memory.allocator_config import AllocatorConfig
-from memplan.memory.simulate import simulate
 from memplan.model_spec import ModelSpec
 from memplan.residuals import band
-from memplan.search import last_not_negative, last_true_below
+from memplan.search import Border, last_not_negative
 from memplan.train_config import TrainConfig
 
 Verdict = Literal["fits", "too close to call", "does not fit"]
@@ -81,7 +79,7 @@ class Fitter:
         self.allocator = allocator
         self.capacity_bytes = capacity_bytes
         self._estimates: dict[TrainConfig, Estimate] = {}
-        self._fits: dict[TrainConfig, bool] = {}
+        self._spares: dict[TrainConfig, int] = {}
 
     def estimate(self, config: TrainConfig) -> Estimate:
         made = self._estimates.get(config)
@@ -93,54 +91,48 @@ class Fitter:
         if self.fits(config):
             return "fits"
         made = self.estimate(config)
-        spare = self._left(made) - made.tensor_bytes
-        margin = band(config, made.tensor_bytes)
-        if spare + margin >= 0 and self._trains_within(made, self._left(made) + margin):
-            return "too close to call"
-        return "does not fit"
+        most = self._left(made) + band(config, made.tensor_bytes)
+        return "too close to call" if made.spare_within(most) >= 0 else "does not fit"
 
     def fits(self, config: TrainConfig) -> bool:
         """Whether the run gets through with the band of measured residuals to spare."""
-        known = self._fits.get(config)
+        return self._spare(config) >= 0
+
+    def _spare(self, config: TrainConfig) -> int:
+        """`Estimate.spare_within` what the card has, the band of measured residuals aside."""
+        known = self._spares.get(config)
         if known is None:
             made = self.estimate(config)
             left = self._left(made) - band(config, made.tensor_bytes)
-            # where the tensors alone are too much there is nothing to play
-            known = self._fits[config] = made.tensor_bytes <= left and self._trains_within(made, left)
+            known = self._spares[config] = made.spare_within(left)
         return known
 
     def _left(self, made: Estimate) -> int:
         """What the driver has for the allocator."""
         return self.capacity_bytes - made.beside_reserved_bytes
 
-    def _trains_within(self, made: Estimate, num_bytes: int) -> bool:
-        """Whether the run gets through when the driver has `num_bytes` for the allocator."""
-        if num_bytes <= 0:
-            return False
-        try:
-            simulate(made.program, replace(self.allocator, capacity_bytes=num_bytes))
-        except OutOfMemory:
-            return False
-        return True
-
     def largest(self, config: TrainConfig, knob: Knob) -> int:
         """The largest value of `knob` with which the run fits; 0 if none does.
 
-        The tensors alone bound it from above, at a tenth of the price of a verdict; the verdict is then sought
-        downwards from there.
+        The tensors alone bound it from above, at a fifth of the price of a verdict; the verdict is then sought
+        below that.
         """
         if knob == "rank" and not config.trains_adapters:
             return 0
+        start: int = getattr(config, knob)
 
         def at(value: int) -> TrainConfig:
-            return config.but(**{knob: value})
+            return config if value == start else config.but(**{knob: value})
 
-        def spare(value: int) -> int:
+        def spare_of_tensors(value: int) -> int:
             made = self.estimate(at(value))
             return self._left(made) - made.tensor_bytes
 
-        bound = last_not_negative(spare, getattr(config, knob), _LIMITS[knob])
-        return last_true_below(lambda value: self.fits(at(value)), bound)
+        most, bad = last_not_negative(spare_of_tensors, start, _LIMITS[knob], tolerance=1 / 8)
+        border = Border(lambda value: self._spare(at(value)), bad)
+        if at(start) in self._spares and start < bad:
+            border.ask(start)
+        return border.find((most * 7 // 8, most * 3 // 4, most // 2))
 
     def suggestions(self, config: TrainConfig) -> Iterator[Suggestion]:
         """Single changes that make `config` fit, cheapest first; the best pairs where no single one does."""

@@ -41,6 +41,11 @@ class OutOfMemory(Exception):
         self.reserved_bytes = reserved_bytes
         self.limit_bytes = limit_bytes
 
+    @property
+    def missing_bytes(self) -> int:
+        """What the request is beyond the limit."""
+        return self.requested_bytes + self.reserved_bytes - self.limit_bytes
+
 
 class CachingAllocator:
     """`DeviceCachingAllocator`: `malloc` and `free` blocks, and read what that reserves.
@@ -66,6 +71,7 @@ class CachingAllocator:
         "allocated_bytes",
         "config",
         "heads",
+        "met_limit",
         "new_segment_address",
         "num_alloc_retries",
         "num_large_lookups",
@@ -90,6 +96,7 @@ class CachingAllocator:
         self.requested_bytes = 0
         self.num_alloc_retries = self.num_ooms = 0
         self.num_large_lookups = 0
+        self.met_limit = False  # whether the driver or the limit ever refused a request
         self.heads: dict[int, Block] = {}  # first block of each segment, by address
         self.segment_events: list[SegmentEvent] = []
         self._next_address = 0
@@ -301,6 +308,7 @@ class CachingAllocator:
             garbage_collect_cached_blocks(self)
         from_driver = segment_size(size, self.config.large_segment_size_bytes)
         block = self._alloc_block(pool, size, from_driver)
+        self.met_limit = self.met_limit or block is None
         if block is None and release_available_cached_blocks(self, pool, size):
             block = self._alloc_block(pool, size, from_driver)
         if block is None:

@@ -15,6 +15,7 @@ from memplan.memory.optimizers import Plan
 from memplan.memory.record import Stream, record_embedding, record_layer
 from memplan.memory.record_head import Head, record_head
 from memplan.memory.resident import Resident, resident
+from memplan.memory.rounds import Round
 from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
 from memplan.memory.training_loop import TrainingLoop
 from memplan.ops.tensor import AttentionCall, Tape
@@ -54,6 +55,8 @@ class Frame:
 class Program:
     plays: list[Play] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    """The micro-steps, in order."""
     weights: list[Weight] = field(default_factory=list)
     optimizer_state_bytes: int = 0
     managed_bytes: int = 0
@@ -121,7 +124,9 @@ class Composer:
             self.loop.begin_step(step)
             gradients: list[tuple[int, list[tuple[str, int]]]] = []
             for micro in range(self.config.gradient_accumulation_steps):
+                begin, first_frame = len(self.program.plays), len(self.program.frames)
                 made = self._micro_step(step, again if micro else first)
+                self.program.rounds.append(Round(begin, len(self.program.plays), first_frame))
                 if micro == 0:
                     gradients = made
             self._update(step, plan, gradients, optimizer)

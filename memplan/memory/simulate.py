@@ -10,6 +10,7 @@ from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.allocator_replay import replay
 from memplan.memory.driver_addresses import DriverAddresses
 from memplan.memory.program import BEFORE_STEPS, EMPTY_CACHE, Program
+from memplan.memory.rounds import Skipper
 
 
 @dataclass(slots=True)
@@ -27,6 +28,10 @@ class Simulation:
     phases: list[dict[str, PhaseMemory]] = field(default_factory=list)
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
+    highest_reserved_bytes: int = 0
+    """Over the load as well, which the peaks leave out."""
+    met_limit: bool = False
+    """Whether a request was ever refused; if not, the same run without a limit is this one to the byte."""
 
 
 def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulation:
@@ -42,7 +47,11 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
     frames: list[list[Block | None]] = [[None] * frame.num_slots for frame in program.frames]
     here: tuple[int, str] | None = None
     memory = PhaseMemory(0, 0, 0, 0)
-    for play in program.plays:
+    skipper = Skipper(program)
+    position, end = 0, len(program.plays)
+    while (position := skipper.skip(position, allocator, frames)) < end:
+        play = program.plays[position]
+        position += 1
         if (play.step, play.phase) != here:
             here = play.step, play.phase
             while len(result.phases) <= play.step:
@@ -63,4 +72,6 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
     trained = [m for step in result.phases for phase, m in step.items() if phase not in BEFORE_STEPS]
     result.peak_allocated_bytes = max(m.peak_allocated_bytes for m in trained)
     result.peak_reserved_bytes = max(m.peak_reserved_bytes for m in trained)
+    result.highest_reserved_bytes = max(m.peak_reserved_bytes for step in result.phases for m in step.values())
+    result.met_limit = allocator.met_limit
     return result
