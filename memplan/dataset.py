@@ -132,7 +132,7 @@ def _text(line: str, where: str, text_field: str | None) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise MemplanError(f"{where}: not JSON: {error}") from None
+        raise MemplanError(f"{where}: not JSON: {_reason(error)}") from None
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
@@ -143,6 +143,13 @@ def _text(line: str, where: str, text_field: str | None) -> str:
         keys = ", ".join(f"`{key}`" for key in list(row)[:8]) or "no keys"
         raise MemplanError(f"{where}: none of {wanted} in it, but {keys}", hints=["name the key with --text-field"])
     return "\n".join(parts)
+
+
+def _reason(error: ValueError) -> str:
+    """Where in the line, which the decoder counts from 1 again."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.pos + 1}"
+    return str(error)
 
 
 def _parts(row: dict[str, Any], text_field: str | None) -> Iterator[str]:

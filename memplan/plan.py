@@ -19,6 +19,7 @@ from memplan.plan_search import Candidate, Lane, Search
 from memplan.prices import Kind, Price
 from memplan.timing.roofline import shipped
 from memplan.train_config import NO_USE_FOR, Method, TrainConfig
+from memplan.units import dollars_text, hours_text
 
 TOTAL_BATCH_SIZE = 16
 """Sequences per optimizer step unless told: all rows of a plan train alike."""
@@ -214,9 +215,9 @@ class _Limits:
         if c.dollars is None:
             return "no price"
         if self.max_usd is not None and c.dollars > self.max_usd:
-            return f"${c.dollars:,.2f} at best, over --max-usd {self.max_usd:g}"
+            return f"{dollars_text(c.dollars)} at best, over --max-usd {self.max_usd:g}"
         if self.max_hours is not None and c.hours > self.max_hours:
-            return f"{c.hours:,.1f} h at best, over --max-hours {self.max_hours:g}"
+            return f"{hours_text(c.hours)} at best, over --max-hours {self.max_hours:g}"
         return None
 
 
@@ -275,19 +276,23 @@ def _beaten(c: Candidate, front: list[Candidate]) -> str:
     better = next(f for f in front if f.dollars is not None and f.dollars <= c.dollars and f.hours <= c.hours)
     at_best = "" if c.fits else " at best"
     return (
-        f"{c.hours:,.1f} h and ${c.dollars:,.2f}{at_best}; {better.method} on {better.gpu} takes {better.hours:,.1f} h"
-        f" and ${better.dollars:,.2f}"
+        f"{hours_text(c.hours)} and {dollars_text(c.dollars)}{at_best}; {better.method} on {better.gpu} takes "
+        f"{hours_text(better.hours)} and {dollars_text(better.dollars)}"
     )
 
 
 def _assumptions(front: list[Candidate]) -> Iterator[str]:
-    yield "one GPU a run; every row of tokens is full; loading, evaluation and saving are not counted"
+    yield "one GPU a run: training on several is not modelled"
+    yield "every row of tokens is full; loading, evaluation and saving are not counted"
     yield "methods do not learn alike: dollars and hours say nothing of the quality reached"
     unmeasured = sorted({c.gpu for c in front if not c.measured_on_this_gpu})
     if unmeasured:
         yield f"never measured on {', '.join(unmeasured)}: scaled from the {shipped().gpu} by peaks and bandwidth"
     for age, who in sorted({(c.price.age(), c.price.provider) for c in front if c.price is not None}):
         yield f"price of {who}: {age}"
+    together = {(c.price.provider, c.gpu, c.price.count) for c in front if c.price is not None and c.price.count > 1}
+    for who, gpu, count in sorted(together):
+        yield f"{who} rents out {gpu} {count} at a time: one GPU's share is counted, so the others need work too"
 
 
 def flags_of(candidate: Candidate) -> tuple[str, ...]:

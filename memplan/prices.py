@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import datetime
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -169,6 +171,21 @@ def _number(text: str, column: str, where: str) -> float:
     return value
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without what the package `name` logs: gpuhunt logs a traceback for each provider that it cannot reach."""
+    logger = logging.getLogger(name)
+    before = logger.propagate
+    handler = logging.NullHandler()
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = before
+        logger.removeHandler(handler)
+
+
 def from_gpuhunt(gpu: str) -> tuple[Price, ...]:
     """Today's offers of `gpu` from gpuhunt's online catalogue (it does not tell SXM from PCIe).
 
@@ -186,7 +203,8 @@ def from_gpuhunt(gpu: str) -> tuple[Price, ...]:
         ) from None
     low, high = 0.95 * row.nominal_gb, 1.05 * row.nominal_gb
     try:
-        items = gpuhunt.query(min_gpu_memory=low, max_gpu_memory=high, min_gpu_count=1)
+        with _quiet("gpuhunt"):
+            items = gpuhunt.query(min_gpu_memory=low, max_gpu_memory=high, min_gpu_count=1)
     except (gpuhunt.GPUHuntError, OSError) as error:
         raise MemplanError(
             f"gpuhunt's catalogue cannot be read: {error}",

@@ -33,6 +33,24 @@ def exact_percent(share: float, digits: int, *, sign: str = "") -> str:
     return f"{100 * share:{sign}.{digits}f} %"
 
 
+def hours_text(hours: float) -> str:
+    """Hours as people say them."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 2:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.1f} days"
+
+
+def dollars_text(dollars: float | None) -> str:
+    """Dollars to the cent, above a thousand to the dollar."""
+    if dollars is None:
+        return "no price"
+    if 0 < dollars < 0.005:
+        return "<$0.01"
+    return f"${dollars:.2f}" if dollars < 1000 else f"${dollars:,.0f}"
+
+
 def parse_size(text: str) -> int:
     """Bytes of `24GiB`, `24 GB` or `24576MiB`.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import memplan
 from memplan import gpus
-from memplan.cli.amounts import dollars_text, hours_text, parse_count
+from memplan.cli.amounts import parse_count
 from memplan.cli.app import run
 from memplan.cost import amount_of, bounds, cost
 from memplan.cost_report import CostReport
@@ -24,6 +24,7 @@ from memplan.storage import storage
 from memplan.timing.model import step_time
 from memplan.timing.roofline import shipped
 from memplan.train_config import TrainConfig
+from memplan.units import dollars_text, hours_text
 
 SMALL = "qwen3-0.6b"
 
@@ -230,7 +231,7 @@ def test_a_tokenizer_counts_where_there_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"text": "ok"}\n{"text": ', "line 2: not JSON"),
+        ('{"text": "ok"}\n{"text": ', "line 2: not JSON: expecting value at character 10"),
         ('{"text": "ok"}\n\n[1, 2]', "line 3: not an object"),
         ('{"body": "ok"}', "line 1: none of .* but `body`"),
         ('{"text": null}', "line 1: none of"),
@@ -289,7 +290,13 @@ def test_what_is_no_count_is_refused(text: str) -> None:
 
 def test_hours_and_dollars_in_words() -> None:
     assert [hours_text(h) for h in (0.001, 0.5, 3.26, 250)] == ["4 s", "30 min", "3.3 h", "10.4 days"]
-    assert [dollars_text(d) for d in (None, 0.5, 12345.6)] == ["no price", "$0.50", "$12,346"]
+    assert [dollars_text(d) for d in (None, 0, 0.001, 0.5, 12345.6)] == [
+        "no price",
+        "$0.00",
+        "<$0.01",
+        "$0.50",
+        "$12,346",
+    ]
 
 
 def test_the_command_prints_one_document(capsys: pytest.CaptureFixture[str]) -> None:

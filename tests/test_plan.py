@@ -14,8 +14,8 @@ from memplan.cli.app import run
 from memplan.cost import cost
 from memplan.cost_report import PlanReport
 from memplan.errors import MemplanError
+from memplan.model_spec import ModelSpec
 from memplan.plan import command_of, flags_of, plan, runs_of
-from memplan.plan_search import Candidate
 from memplan.prices import Price
 
 HOURLY = {"rtx-4090": 0.5, "l40s": 1.2, "a100-80gb": 1.8, "h100-sxm": 2.9}
@@ -29,25 +29,50 @@ def made() -> memplan.Plan:
     return plan("llama-7b", num_tokens=TOKENS, gpu_names=CARDS, price_rows=ROWS, total_batch_size=4)
 
 
-def everything() -> list[Candidate]:
-    """Every method, GPU, micro-batch and checkpointing by itself, through the public functions alone."""
-    found = []
-    for method, configs in runs_of({}, ("full", "lora", "qlora"), 4).items():
+# Few layers, as wide as a 7B's: on small cards some runs fit and some do not, and trying them all is quick.
+SHALLOW = ModelSpec.from_hf_config({"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 128256})
+SMALL_CARDS = {"rtx-3060": 0.1, "rtx-4080": 0.25, "rtx-4090": 0.5, "l40s": 1.2, "h100-sxm": 2.9}
+SMALL_ROWS = tuple(Price("test", gpu, usd) for gpu, usd in SMALL_CARDS.items())
+
+
+def everything(said: dict) -> tuple[list[tuple], int]:
+    """Every method, GPU, micro-batch and checkpointing by itself, through the public functions alone: those that fit,
+    and how many do not."""
+    found, num_too_large = [], 0
+    for method, configs in runs_of(said, ("full", "lora", "qlora"), 8).items():
         for config in configs:
-            for gpu in CARDS:
-                each = cost("llama-7b", config, gpu=gpu, num_tokens=TOKENS, price_rows=ROWS)
+            for gpu in SMALL_CARDS:
+                each = cost(SHALLOW, config, gpu=gpu, num_tokens=TOKENS, price_rows=SMALL_ROWS)
                 if each.fits:
                     found.append((each.dollars, each.hours, method, gpu, config, each.process_bytes))
-    return found
+                else:
+                    num_too_large += 1
+    return found, num_too_large
 
 
-def test_the_front_is_that_of_the_whole_search(made: memplan.Plan) -> None:
+@pytest.mark.parametrize("said", [{}, {"stack": "torch", "seq_len": 3000}], ids=["trl", "torch"])
+def test_the_front_is_that_of_the_whole_search(said: dict) -> None:
     """Pruning leaves nothing out: the same front comes from trying everything."""
+    asked = {"num_tokens": TOKENS, "gpu_names": list(SMALL_CARDS), "price_rows": SMALL_ROWS, "total_batch_size": 8}
+    made = plan(SHALLOW, said, **asked)
+    found, num_too_large = everything(said)
+    assert min(len(found), num_too_large) > 20
     best: list[tuple] = []
-    for row in sorted(everything(), key=lambda row: row[:4]):
+    for row in sorted(found, key=lambda row: row[:4]):
         if not best or row[1] < best[-1][1]:
             best.append(row)
+    assert len(best) > 1
     assert [(c.dollars, c.hours, c.method, c.gpu, c.config, c.process_bytes) for c in made.front] == best
+
+
+def test_counts_of_gpus_are_not_offered(made: memplan.Plan) -> None:
+    """Data parallel is not modelled; the price of an instance of several is shared, and that is said."""
+    assert any("training on several is not modelled" in line for line in made.assumptions)
+    assert not any("at a time" in line for line in made.assumptions)
+    rows = [Price("many", "h200", 24.0, count=8)]
+    shared = plan("qwen3-0.6b", num_tokens=TOKENS, gpu_names=["h200"], price_rows=rows, methods=["lora"])
+    assert shared.front[0].dollars == pytest.approx(shared.front[0].hours * 3.0)
+    assert any("many rents out h200 8 at a time" in line for line in shared.assumptions)
 
 
 def test_the_front_is_cheapest_first_and_each_row_buys_time(made: memplan.Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,25 @@ def test_gpuhunts_offers_are_matched_by_name_and_memory(monkeypatch: pytest.Monk
     assert (found.gpu, found.kind, found.source, found.age_days()) == ("a100-80gb", "spot", "gpuhunt", 0)
     monkeypatch.setitem(sys.modules, "gpuhunt", fake_gpuhunt(offer("RTX4090", 24)))
     assert [row.gpu for row in prices.from_gpuhunt("rtx-4090")] == ["rtx-4090"]
+
+
+def test_what_gpuhunt_logs_is_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It logs a traceback for every provider out of reach, which goes to stderr where nobody set logging up."""
+    hunt = fake_gpuhunt()
+
+    def query(**_: float) -> list[SimpleNamespace]:
+        logging.getLogger("gpuhunt._internal.catalog").error("Failed to load aws catalog")
+        raise hunt.GPUHuntError("Failed to load catalogs of all providers")
+
+    hunt.query = query
+    monkeypatch.setitem(sys.modules, "gpuhunt", hunt)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with pytest.raises(MemplanError, match="cannot be read"):
+        prices.from_gpuhunt("h200")
+    assert capsys.readouterr().err == ""
+    logger = logging.getLogger("gpuhunt")
+    assert logger.propagate
+    assert not logger.handlers
 
 
 def test_gpuhunt_missing_or_out_of_reach_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

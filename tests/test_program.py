@@ -6,6 +6,7 @@ import pytest
 
 from memplan.architectures import FAMILIES, decoder_for
 from memplan.errors import MemplanError
+from memplan.memory.ledger import fold, peak_of
 from memplan.memory.program import Composer, Program
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
@@ -63,5 +64,6 @@ def test_no_block_is_freed_twice_and_steps_leave_nothing_behind(family: str, kno
         program = Composer(decoder_for(spec, config), workspace_bytes=2**20, num_steps=3).compose()
     except MemplanError:
         return  # a combination that the family or the method refuses
+    assert peak_of(program) == fold(program).peak_bytes > 0
     ends = live_at_the_end(program)
     assert sum(ends[1].values()) == sum(ends[2].values()), "memory grows from step to step"

@@ -85,18 +85,3 @@ def offers(file: Path | None, *, live: bool, gpus: Iterable[str]) -> tuple[Price
     if file is not None:
         return load_prices(file)
     return tuple(row for gpu in gpus for row in from_gpuhunt(gpu)) if live else None
-
-
-def hours_text(hours: float) -> str:
-    """Hours as people say them."""
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    if hours < 2:
-        return f"{hours * 60:.0f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.1f} days"
-
-
-def dollars_text(dollars: float | None) -> str:
-    if dollars is None:
-        return "no price"
-    return f"${dollars:.2f}" if dollars < 1000 else f"${dollars:,.0f}"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memplan.cli import amounts, options
-from memplan.cli.amounts import AMOUNT, PRICE, dollars_text, hours_text
+from memplan.cli.amounts import AMOUNT, PRICE
 from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
 from memplan.dataset import CHARS_PER_TOKEN
 from memplan.errors import MemplanError
-from memplan.units import human
+from memplan.units import dollars_text, hours_text, human
 
 if TYPE_CHECKING:
     from memplan.cost import Cost

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memplan.cli import amounts, options
-from memplan.cli.amounts import AMOUNT, PRICE, dollars_text, hours_text
+from memplan.cli.amounts import AMOUNT, PRICE
 from memplan.cli.render import bold, columns, dim, emit, gib, heading, join, paragraph
 from memplan.errors import MemplanError
+from memplan.units import dollars_text, hours_text
 
 if TYPE_CHECKING:
     from memplan.plan import Plan
@@ -87,7 +88,8 @@ def plan(
     """The cheapest, the fastest and the best ways to train on so many tokens.
 
     Searches methods, GPUs, micro-batches and checkpointing; keeps what fits, and what nothing beats in both dollars and
-    hours. A micro-batch size or checkpointing that is given is kept.
+    hours. A micro-batch size or checkpointing that is given is kept. One GPU a run: training on several is not
+    modelled, so that no number of GPUs is offered.
     """
     from memplan.plan import plan as plan_runs
 

@@ -31,7 +31,7 @@ def plan_front(plan: Plan, *, ax: Axes | None = None) -> Figure:
         axes.scatter(*_places(behind), color=look["color"], marker=look["marker"], alpha=0.3, s=24)
         if chosen or behind:
             axes.scatter(*_places(chosen), color=look["color"], marker=look["marker"], s=64, label=label)
-    axes.plot(*_places(plan.front), color="#888888", linewidth=1, zorder=0)
+    axes.plot(*_places(plan.front), color="#888888", linewidth=1, zorder=0, label="nothing beats these; pale: beaten")
     _name_points(axes, plan, others)
     _logarithmic(axes)
     axes.set_xlabel("hours")
@@ -66,7 +66,7 @@ def _logarithmic(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
