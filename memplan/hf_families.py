@@ -51,6 +51,8 @@ _BIASED = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 FAMILIES: dict[str, Family] = {
     "llama": Family(keys=_ALL_FOUR),
     "mistral": Family(sliding="every"),
+    "ministral3": Family(sliding="every"),
+    "seed_oss": Family(keys={"hidden_dropout": "residual_dropout"}),
     "qwen2": Family(fixed={"attention_bias": True}, sliding="upper"),
     "qwen3": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="upper"),
     "gemma": Family(keys=_ALL_FOUR),

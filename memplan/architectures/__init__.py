@@ -48,6 +48,8 @@ FAMILIES = Families(
         "mpt": ("mpt", "Mpt"),
         "llama": ("llama", "Llama"),
         "mistral": ("mistral", "Mistral"),
+        "ministral3": ("ministral3", "Ministral3"),
+        "seed_oss": ("seed_oss", "SeedOss"),
         "mixtral": ("moe", "Mixtral"),
         "qwen3_moe": ("moe", "Qwen3Moe"),
         "qwen2_moe": ("moe", "Qwen2Moe"),

@@ -159,5 +159,5 @@ def sdpa(
     if takes_flash(q, v, mask):
         return flash_attention(q, k, v), None
     if q.shape[1] != k.shape[1]:  # no fused kernel takes grouped heads in fp32
-        return math_attention(q, k, v, mask, num_groups, by_heads=by_heads), None
+        return math_attention(q, k, v, mask, num_groups, p=p, by_heads=by_heads), None
     return efficient_attention(q, k, v, mask), None

@@ -18,6 +18,7 @@ from memplan.ops.pointwise import (
     add_in_place,
     contiguous,
     copied_in_backward,
+    dropout,
     expand_copy,
     expand_view,
     mul_number,
@@ -28,7 +29,7 @@ from memplan.ops.tensor import AttentionCall, Tensor
 
 
 def math_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_groups: int, *, by_heads: bool = False
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_groups: int, *, p: float = 0.0, by_heads: bool = False
 ) -> Tensor:
     """q [B, N, S, H], k and v [B, K, S, H]: [B, S, N, H] after the copy that puts tokens first.
 
@@ -58,6 +59,7 @@ def math_attention(
     del query, keys, scaled_k
     probabilities = safe_softmax(add_in_place(scores, mask))
     del scores
+    probabilities = dropout(probabilities, p)
     values = contiguous(v) if copies and num_groups == 1 else v
     output = bmm(probabilities, values, (batch, heads, tokens, v.shape[-1]))
     del probabilities, values, k, q, mask  # the repeated keys live to the end

@@ -28,6 +28,9 @@ _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _llama_like("llama"),
     "mistral": _llama_like("mistral", sliding_window=None),
+    "ministral3": _llama_like("ministral3", head_dim=48, **_IDS),
+    # Its attention dropout is held against the oracle in test_attention_dropout.py.
+    "seed_oss": _llama_like("seed_oss", head_dim=48, attention_dropout=0.0, **_IDS),
     "qwen2": _llama_like("qwen2"),
     "qwen3": _llama_like("qwen3", head_dim=48),
     "gemma": _llama_like("gemma", head_dim=48),
