@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -211,6 +213,10 @@ def test_the_command_in_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert all(word in out for word in ("cheapest", "fastest", "take this", "why not the others", "--method"))
+    first = " ".join(out.partition("  1. memplan ")[2].partition("\n\n")[0].partition("  2. ")[0].split())
+    assert run(shlex.split(first)) == 0  # the row's command, as it stands there
+    shown = capsys.readouterr().out
+    assert re.search(r"^ +1\. +(\S+)", out, re.MULTILINE)[1] in shown  # at the same price
     assert run([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     body = PlanReport.model_validate_json(out)

@@ -5,6 +5,7 @@ After a change of numbers or words, `MEMPLAN_UPDATE_README=1 pytest tests/test_r
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -99,6 +100,25 @@ def test_files_that_it_names_are_there() -> None:
         if not match.group(1) and match.group(2) == "memplan/":
             folder = path
     assert named > 10
+
+
+def test_errors_of_time_are_those_of_the_fit() -> None:
+    told = json.loads((ROOT / "memplan/data/timing_h200.json").read_text(encoding="utf-8"))
+    held_out, fitted = told["held_out"], told["fitted"]["all"]
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    found = re.search(
+        r"fitted on (\d+) and scored on the (\d+) others: error (.*?) %.*?, (.*?) % .*?, bias (.*?) %", text
+    )
+    assert found is not None
+    rows = [int(found[1]), int(found[2])]
+    shares = [float(figure.replace("−", "-")) / 100 for figure in found.groups()[2:]]
+    assert rows == [fitted["rows"], held_out["all"]["rows"]]
+    assert shares == pytest.approx([held_out["all"][name] for name in ("median", "p90", "bias")], abs=6e-4)
+    by_bound = re.search(r"is waited for, the median is (.*?) %; where .*?, (.*?) %", text)
+    assert by_bound is not None
+    medians = [held_out[kind]["median"] for kind in ("device-bound", "launch-bound")]
+    assert [float(figure) / 100 for figure in by_bound.groups()] == pytest.approx(medians, abs=6e-4)
+    assert f"and {len(told['constants'])} constants" in text
 
 
 def test_figures_of_the_tiers_are_those_of_compare() -> None:

@@ -143,7 +143,10 @@ def plan_lines(result: Plan, *, all_reasons: bool) -> Iterator[str]:
         yield from columns([_row(result, c) for c in result.front], "lrrllrl")
         yield ""
         for number, c in enumerate(result.front, 1):
-            yield from paragraph(f"memplan cost {result.model} {command_of(c)}", indent=5, first=f"  {number}. ")
+            asked = f"--num-tokens {result.num_tokens}" + (f" --price {c.price.usd_per_gpu_hour:g}" if c.price else "")
+            yield from paragraph(
+                f"memplan cost {result.model} {command_of(c)} {asked}", indent=5, first=f"  {number}. "
+            )
         yield ""
     else:
         yield "nothing fits, or nothing is within the limits"
