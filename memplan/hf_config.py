@@ -33,9 +33,9 @@ _WANTED = ("give a Hugging Face `config.json`, or a folder that holds one",)
 _PLAIN = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "max_position_embeddings", "tie_word_embeddings", "hidden_act", "attention_bias",
-    "attention_out_bias", "mlp_bias", "qk_norm", "norm_affine", "attention_dropout", "hidden_dropout",
-    "embedding_dropout", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "alibi",
-    "clip_qkv",
+    "initializer_range", "attention_out_bias", "mlp_bias", "qk_norm", "norm_affine", "attention_dropout",
+    "hidden_dropout", "embedding_dropout", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+    "alibi", "clip_qkv",
     "parallel_residual", "new_decoder_architecture", "multi_query", "num_ln_in_parallel_attn",
     "do_layer_norm_before", "word_embed_proj_dim", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size",

@@ -93,6 +93,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         keys={
             "intermediate_size": "ffn_dim",
+            "initializer_range": "init_std",
             "hidden_act": "activation_function",
             "hidden_dropout": "dropout",
             "attention_bias": "enable_bias",

@@ -71,6 +71,8 @@ class ModelSpec(BaseModel):
     """Queries and keys are normalised before attention."""
     norm_affine: bool = True
     """Norms have weights (opt `layer_norm_elementwise_affine`; olmo has none)."""
+    initializer_range: float = Field(0.02, ge=0.0, le=10.0)
+    """Standard deviation of fresh weights, from which the outliers of an int8 base are counted; nothing else."""
     final_norm: bool = True
     """A norm follows the last layer (opt-350m has none)."""
 

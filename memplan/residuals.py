@@ -2,8 +2,7 @@
 
 `data/residuals.json` is what `measured_excess` found over the shipped records before the last corrections, which those
 same runs led to: narrowed after each, the band would know only runs already explained. A test holds it against them.
-Small runs exceed by whole segments of the allocator (2 to 20 MiB), larger ones by a share of what they take. An int8
-base stands apart: LLM.int8 keeps every column that holds an activation over 6 in 16 bits, which is data.
+Small runs exceed by whole segments of the allocator (2 to 20 MiB), larger ones by a share of what they take.
 """
 
 from __future__ import annotations
@@ -36,13 +35,8 @@ def _measured() -> dict[str, Any]:
 def band(config: TrainConfig, num_bytes: int) -> int:
     """Bytes that a run like `config` of about `num_bytes` of tensors may take beyond its prediction."""
     measured = _measured()
-    share = measured["share_of_large_runs"][kind_of(config)]
+    share = measured["share_of_large_runs"]
     return max(int(num_bytes * share), int(measured["bytes_of_small_runs"]))
-
-
-def kind_of(config: TrainConfig) -> str:
-    """`int8`, or `other`: between stacks and methods the records show no difference to rely on."""
-    return "int8" if config.method == "qlora" and config.quant_type == "int8" else "other"
 
 
 def excess_bytes(made: Estimate, allocated_bytes: int, reserved_bytes: int | None) -> int:
@@ -65,16 +59,16 @@ def excess_at_limit(made: Estimate, limit_bytes: int) -> int:
     return limit_bytes
 
 
-def measured_excess(excesses: Iterable[tuple[TrainConfig, int, int]]) -> dict[str, Any]:
-    """What `data/residuals.json` holds, from (config, tensor_bytes, excess bytes) of measured runs."""
-    shares = {"int8": 0.0, "other": 0.0}
-    small = 0
-    for config, tensor_bytes, excess in excesses:
-        kind = kind_of(config)
-        if tensor_bytes < LARGE_RUN_BYTES and kind != "int8":
+def measured_excess(excesses: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """What `data/residuals.json` holds, from (tensor_bytes, excess bytes) of measured runs.
+
+    One band for all: between stacks, methods and bases the records show no difference to rely on.
+    """
+    share, small = 0.0, 0
+    for tensor_bytes, excess in excesses:
+        if tensor_bytes < LARGE_RUN_BYTES:
             small = max(small, excess)
         else:
-            shares[kind] = max(shares[kind], excess / tensor_bytes)
+            share = max(share, excess / tensor_bytes)
     # upwards: a band a hair too narrow would be one that a measured run exceeds
-    rounded = {kind: int(share * 10_000 + 1) / 10_000 for kind, share in shares.items()}
-    return {"share_of_large_runs": rounded, "bytes_of_small_runs": small}
+    return {"share_of_large_runs": int(share * 10_000 + 1) / 10_000, "bytes_of_small_runs": small}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
+from memplan.architectures.int8_outliers import outlier_columns
 from memplan.architectures.peft_targets import adapts_module, parameter_rank
 from memplan.dtypes import DType
 from memplan.errors import MemplanError
@@ -73,6 +74,8 @@ class Builder:
     """Locals of the model's forward that live until it returns; None for the first layer's input alone."""
     position_ids: Tensor | None = None
     """Positions that the embedding needed before the layers do."""
+    input_variance: float = 1.0
+    """Variance of the hidden states that the block being built reads: 1 behind a norm."""
 
     @property
     def dtype(self) -> DType:
@@ -208,7 +211,8 @@ class Builder:
         self.weights.append(Weight(f"{name}.weight", shape, self.dtype, False, "weights", tuple(stored)))
         if config.quant_type == "int8":
             plain = self.parameter(f"{name}.bias", (out_features,)) if bias else None
-            return Linear8bitLt(in_features, out_features, plain)
+            num_outliers = outlier_columns(self.spec, config, name, in_features, self.input_variance)
+            return Linear8bitLt(in_features, out_features, plain, num_outliers)
         kept = self._bias_4bit(name, out_features) if bias else None
         return Linear4bit(in_features, out_features, config.double_quant, self.compute_dtype, kept, self.dtype)
 

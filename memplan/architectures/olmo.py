@@ -85,6 +85,11 @@ class Olmo(Llama):
 
 
 class Olmo2(Olmo):
+    def layer_kind(self, index: int) -> str:
+        """With an int8 base layers differ by what their projections read: two norms' outputs more in each."""
+        kind = super().layer_kind(index)
+        return f"{kind} {index}" if self.config.quant_type == "int8" else kind
+
     def norm(self, build: Builder, name: str, width: int) -> Norm:
         return LateCastRMSNorm(build.parameter(f"{name}.weight", (width,)))
 
@@ -92,7 +97,11 @@ class Olmo2(Olmo):
         return self.norm(build, name, width)
 
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
+        depth = kind.rpartition(" ")[2]
+        before = 2.0 * int(depth) if depth.isdigit() else 0.0  # that of the embeddings is lost in it
+        build.input_variance = before + self.spec.initializer_range**2
         attention = self.self_attention(build, shared)
+        build.input_variance += 1.0
         mlp = self.mlp(build, kind)
         post_attention_norm = self.norm(build, "post_attention_layernorm", self.spec.hidden_size)
         post_mlp_norm = self.norm(build, "post_feedforward_layernorm", self.spec.hidden_size)

@@ -51,8 +51,8 @@ def _outliers(config: TrainConfig) -> list[str]:
     if config.method != "qlora" or config.quant_type != "int8":
         return []
     return [
-        "LLM.int8() keeps columns with an activation over 6.0 in 16 bits: how many depends on data and is not counted "
-        "(a few a layer in trained models; up to 37 % of allocated was measured with random weights)"
+        "LLM.int8() keeps columns with an activation of 6.0 or more as they are: how many depends on data; they are "
+        "counted as for fresh weights, a trained model may have more or fewer"
     ]
 
 

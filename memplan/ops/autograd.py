@@ -45,7 +45,7 @@ class Node:
         self.saved: tuple[Any, ...] = ()
         self.likes: list[tuple[Shape, DType]] = []
         self.meta: Any = None
-        self.kept: Tensor | None = None
+        self.kept: Any = None
         """An attribute of the context that no hook sees: it lives as long as the node."""
         self.leaf: Tensor | None = None
         self.buffer: list[Tensor | None] | None = None

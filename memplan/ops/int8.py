@@ -7,7 +7,8 @@ the whole weight into the input's dtype.
 The input is kept as an attribute of the autograd context, not through `save_for_backward`: no hook of a checkpoint
 sees it, and it lives as long as the graph, not until its node has run.
 
-Columns with outliers are data: none are counted here. With k of them, backward keeps T x k more.
+Columns with an outlier are multiplied apart, in the input's dtype, with their rows of the weight dequantised. Backward
+needs none of that, yet the context keeps the T x k elements (`ctx.tensors`).
 """
 
 from __future__ import annotations
@@ -33,22 +34,44 @@ class Linear8bitLt:
     in_features: int
     out_features: int
     bias: Parameter | None = None
+    num_outliers: int = 0
+    """Columns of the input that hold an outlier."""
 
     def __call__(self, x: Tensor) -> Tensor:
         m = x.machine
         inputs = (x,) if self.bias is None else (x, self.bias)
         node = record(m, _backward_8bit, inputs, meta=(self, x.dtype))
-        if node is not None and x.requires_grad:
-            node.kept = x.detach()
-            x.storage.mark("activations")
         num_rows = x.numel // self.in_features
-        codes = _quantise_rows(x, num_rows)
+        codes = _quantise_rows(x, num_rows, self.num_outliers)
+        outliers = None
+        if self.num_outliers:
+            outliers = m.empty((num_rows, self.num_outliers), x.dtype)
+            rows_of_weight = self._dequantise_outliers(x)
+        if node is not None and x.requires_grad:
+            node.kept = x.detach(), outliers, codes[2]
+            x.storage.mark("activations")
+            if outliers is not None:
+                outliers.storage.mark("activations")
         product = m.empty((num_rows, self.out_features), DType.int32)
         result = m.empty((*x.shape[:-1], self.out_features), DType.fp16)
         if x.dtype is not DType.fp16:
             result = m.empty(result.shape, x.dtype)
-        del product, codes
+        del product
+        if outliers is not None:
+            result = m.empty(result.shape, x.dtype)  # output.addmm(subA, subB)
+            m.calls("cublas")
+            del rows_of_weight, outliers
+        del codes
         return attach(node, result)
+
+    def _dequantise_outliers(self, x: Tensor) -> Tensor:
+        """The outliers' columns of the weight, in the input's dtype."""
+        m, shape = x.machine, (self.out_features, self.num_outliers)
+        codes = m.empty(shape, DType.int8)
+        scaled = m.empty(shape, DType.fp32)
+        result = m.empty(shape, DType.fp32)
+        del scaled, codes
+        return result if x.dtype is DType.fp32 else m.empty(shape, x.dtype)
 
     def dequantise(self, m: Machine) -> Tensor:
         """`int8_vectorwise_dequant`: codes * scales * constant, in fp32."""
@@ -58,8 +81,8 @@ class Linear8bitLt:
         return result
 
 
-def _quantise_rows(x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """`int8_vectorwise_quant`: scales and codes of the rows; and a look for outliers."""
+def _quantise_rows(x: Tensor, num_rows: int, num_outliers: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`int8_vectorwise_quant`: scales and codes of the rows, and the numbers of the columns with outliers."""
     m = x.machine
     half = x if x.dtype is DType.fp16 else m.empty(x.shape, DType.fp16)
     scales, codes = m.empty((num_rows,), DType.fp32), m.empty(x.shape, DType.int8)
@@ -68,11 +91,12 @@ def _quantise_rows(x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     found = m.empty((), DType.bool8)
     use_scratch(m, reduction_scratch(x.numel, 1, DType.bool8, m.device, reduces_last=True, partial_bytes=1))
     del found
+    columns = m.empty((num_outliers,), DType.int64) if num_outliers else None
     if num_rows > 1:
         zero = m.empty((), DType.int8)  # out_row[:, outlier_cols] = 0
         del zero
     del outliers, half
-    return scales, codes
+    return scales, codes, columns
 
 
 def _backward_8bit(node: Node, grads: GradList) -> Grads:

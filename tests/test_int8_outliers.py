@@ -1,0 +1,57 @@
+"""Columns that LLM.int8() keeps: the expected number against a freshly initialised model's, counted."""
+
+import math
+
+import pytest
+
+from memplan.architectures.int8_outliers import outlier_columns
+from memplan.model_spec import ModelSpec
+from memplan.train_config import TrainConfig
+
+CONFIG = TrainConfig(method="qlora", quant_type="int8", micro_batch_size=2, seq_len=256)
+
+
+def llama(hidden_size: int, initializer_range: float = 0.02) -> ModelSpec:
+    return ModelSpec.from_hf_config(
+        {
+            "model_type": "llama",
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_attention_heads": 8,
+            "initializer_range": initializer_range,
+        }
+    )
+
+
+def test_what_a_norm_gives_holds_none_and_wider_models_hold_more_behind_the_gate() -> None:
+    assert outlier_columns(llama(4096), CONFIG, "self_attn.q_proj", 4096, 1.0) == 0
+    counts = [outlier_columns(llama(h), CONFIG, "mlp.down_proj", 3 * h, 1.0) / h for h in (512, 1024, 2048, 4096, 8192)]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert 2.9 < counts[-1] <= 3
+
+
+def test_all_columns_of_a_stream_that_is_not_normed_deep_down() -> None:
+    counts = [outlier_columns(llama(768), CONFIG, "self_attn.q_proj", 768, 2.0 * depth) for depth in (0, 1, 2, 4, 16)]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] == 768
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("gated", [True, False])
+def test_columns_behind_an_activation_are_those_of_random_weights(gated: bool) -> None:
+    """Normed rows through random projections: counted, and expected to five standard deviations of a binomial."""
+    torch = pytest.importorskip("torch")
+    hidden, width, rows = 1024, 4096, 512
+    spec = llama(hidden, 0.03)
+    made = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(rows, hidden, generator=made), dim=1) * math.sqrt(hidden)
+    g = torch.nn.functional.silu(x @ (0.03 * torch.randn(hidden, width, generator=made)))
+    if gated:
+        g = g * (x @ (0.03 * torch.randn(hidden, width, generator=made)))
+    counted = int((g.abs() >= 6).any(0).sum())
+    config = TrainConfig(method="qlora", quant_type="int8", seq_len=rows)
+    expected = outlier_columns(spec, config, "mlp.down_proj" if gated else "mlp.fc2", width, 1.0)
+    share = expected / width
+    assert abs(counted - expected) <= 5 * math.sqrt(width * share * (1 - share)) + 0.02 * width
