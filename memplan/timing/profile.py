@@ -74,7 +74,7 @@ def learn(file: RecordFile) -> Fit:
             with suppress(MemplanError):
                 rows.append(row_of(record, "own", seed=0))
     if len(rows) < MIN_ROWS:
-        raise MemplanError(f"{len(rows)} runs have a step to go by, and it takes {MIN_ROWS}")
+        raise MemplanError(f"too few runs with a step to go by: {len(rows)}, and it takes {MIN_ROWS}")
     start = shipped().constants
     constants = fit(rows, card, start=start)
     source = f"your calibration of {environment.date}, {len(rows)} runs on {environment.gpu}"
