@@ -1,7 +1,13 @@
 """Activations of the MLP by their Hugging Face name (transformers 5.17 activations.py `ACT2FN`).
 
-What each saves decides the memory of the MLP: one kernel saves its input or its result, one written out in
-elementwise ops saves several tensors.
+What each saves decides the memory of the MLP, for x [B, S, I] in the stream's dtype, until its backward has run:
+
+    silu, gelu, gelu_pytorch_tanh   x                                      one kernel (torch 2.11 derivatives.yaml)
+    relu, tanh, sigmoid             the result                             the same
+    gelu_new                        x, x/2, tanh, 1 + tanh                 op by op: three tensors beside the input
+    gelu_fast                       x, 0.8 x, 0.04 x, 1 + 0.04 x x, tanh,  op by op: six beside the input
+                                    x/2, 1 + tanh
+    bloom_gelu                      x                                      recomputed op by op in backward
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 Shapes: B batch, N query heads, K key-value heads, S tokens, H head_dim; q [B, N, S, H], k and v [B, K, S, H].
 
-    flash       saves q, k, v, the result and one fp32 log-sum-exp per query and head
-    efficient   the same, the log-sum-exp padded to whole blocks of 32 queries; takes a mask
-    eager       scores and probabilities [B, N, S, S], some of them twice
+Saved until the op's backward has run, with d bytes an element (cudnn.py, flash.py, efficient.py, sdpa_math.py):
+
+    cudnn       q, k, v, result: 2 B (N + K) S H d; log-sum-exp 4 B N S; the additive mask
+    flash       the same without a mask
+    efficient   the same, the log-sum-exp padded to whole blocks of 32 queries
+    eager       q, repeated k and v; softmax's fp32 result 4 B N S S, its cast to d (where d is not fp32), and with
+                dropout a byte a probability and the dropped ones; scores are temporaries
 
 Which kernel sdpa takes: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (torch 2.11).
 """

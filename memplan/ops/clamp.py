@@ -1,4 +1,8 @@
-"""clamp: saves its input; backward compares it with each bound and selects."""
+"""torch.clamp (torch 2.11 derivatives.yaml, FunctionsManual.cpp `clamp_backward`).
+
+forward     the result, as large as x; saves x until its backward has run
+backward    a zero, one boolean of x's shape a bound (1 B an element), the gradient; all but the last die at once
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Token embedding: rows of the table, and a dense gradient of the whole table if it trains."""
+"""Token embedding (torch 2.11 aten/src/ATen/native/Embedding.cpp, cuda/Embedding.cu `embedding_dense_backward_cuda`).
+
+forward     rows [B, S, width] in the table's dtype, the first hidden states; saves the ids [B, S], an input
+backward    if the table trains: zeros [vocab, width] in the rows' dtype, filled: the gradient itself, which stays
+            until zero_grad; also for a table of which a batch touches a few rows
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 Source: transformers 5.17 models/deepseek_v2/modeling_deepseek_v2.py, models/deepseek_v3/modeling_deepseek_v3.py.
 B batch, N heads, S tokens, R width of the rotated part.
+
+    rotate_complex (v2)      saves the frequencies, which layers share; fp32 copies of q and k are temporaries
+    rotate_interleaved (v3)  saves the halves of cos and sin, views; four products and two sums a tensor are temporaries
+    copy_into                saves nothing; backward copies the whole gradient, then the part of it
 """
 
 from __future__ import annotations

@@ -4,7 +4,13 @@
 grouped_mm, as every CUDA build of torch 2.9 and later has. It sorts the tokens by expert and multiplies all of
 them at once, so that memory does not depend on which experts the router chooses.
 
-T tokens, K experts a token, N = T * K, E experts, h hidden, I width of one expert.
+T tokens, K experts a token, N = T * K, E experts, h hidden, I width of one expert. What a layer keeps for backward:
+
+    router      probabilities [T, E] fp32, chosen indices [T, K] int64, weights [T, K]
+    dispatch    permutation and its inverse [N] int64, offsets [E] int32, a mask [N, 1] of one byte
+    gate and up rows [N, h] if the experts train (or have adapters); result [N, 2I]
+    down        gated [N, I] and what the activation saves of it, if they train; result [N, h]
+    combine     rows [N, h] and their weights [N, 1], factors of a product
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
 """gpt_oss: eager attention with a sink, a learned score per head beside those of the keys.
 
 Source: transformers 5.17 models/gpt_oss/modeling_gpt_oss.py `eager_attention_forward`, `_apply_rotary_emb`.
-B batch, N query heads, S tokens, H head_dim; scores with sinks are [B, N, S, S + 1].
+B batch, N query heads, S tokens, H head_dim; scores with sinks are [B, N, S, S + 1], in the stream's dtype d.
+
+    saved for backward              bytes                   why
+    q, repeated k                   2 B N S H d             factors of the scores
+    indices of each row's maximum   8 B N S                 top-k of the combined scores
+    probabilities with sinks        B N S (S + 1) d         softmax's result, of which the probabilities are a slice
+    probabilities, repeated v       B N S S d + B N S H d   factors of the result; the first a copy where dropped or cast
+All die with their nodes; scores, their sum with the mask and the concatenation are temporaries of B N S S d each.
 """
 
 from __future__ import annotations
