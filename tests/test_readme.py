@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from memplan import Validation, validate
 from memplan.cli import app
 from tests.printed import agree
 
@@ -52,14 +53,27 @@ def follows(shown: list[str], printed: list[str]) -> bool:
 
 @pytest.mark.parametrize(("command", "shown"), sessions(), ids=[command for command, _ in sessions()])
 def test_commands_print_what_the_readme_shows(
-    command: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+    command: str, shown: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     status, printed = run(command, capsys)
     if os.environ.get("MEMPLAN_UPDATE_README") == "1" and not follows(shown, printed):
         rewrite(command, shown, printed)
         return
-    assert status == (1 if "does not fit" in "".join(printed) else 0)
+    assert status == (1 if command.startswith("memplan fit") and "does not fit" in "".join(printed) else 0)
     assert follows(shown, printed), "\n".join(printed)
+
+
+COMMAND = re.compile(r"`(memplan [a-z]+[^`]*)`")
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMAND.findall(README.read_text(encoding="utf-8")))))
+def test_options_named_in_the_text_are_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands that need a GPU stand in the text, where they are not run."""
+    _, name, *words = shlex.split(command)
+    assert app.run([name, "--help"]) == 0
+    described = capsys.readouterr().out
+    assert all(word in described for word in words if word.startswith("--"))
 
 
 def rewrite(command: str, shown: list[str], printed: list[str]) -> None:
@@ -119,6 +133,48 @@ def test_errors_of_time_are_those_of_the_fit() -> None:
     medians = [held_out[kind]["median"] for kind in ("device-bound", "launch-bound")]
     assert [float(figure) / 100 for figure in by_bound.groups()] == pytest.approx(medians, abs=6e-4)
     assert f"and {len(told['constants'])} constants" in text
+
+
+@pytest.fixture(scope="module")
+def validation() -> Validation:
+    return validate()
+
+
+def test_the_table_of_errors_is_what_a_replay_gives(validation: Validation) -> None:
+    """The rows of today; those before the runs were measured are history. Without a changed digit, int8 apart."""
+    section = README.read_text(encoding="utf-8").partition("## How far off it is")[2].partition("\n## ")[0]
+    shown = dict(re.findall(r"^\| ([^|]*) \| today \| (.*) \|$", section, re.MULTILINE))
+    apart = [run for run in validation.runs if run.base == "int8"]
+    found = {"int8 base, 11 of 16 of them drawn": apart}
+    for file, name in (("h200-drawn", "drawn at random"), ("h200-real", "real models of 0.1B to 70B"),
+                       ("h200-before-freeze", "those the formulas were written with")):  # fmt: skip
+        found[name] = [run for run in validation.runs if run.file == file and run.base != "int8"]
+    assert shown.keys() == found.keys()
+    for name, runs in found.items():
+        count, *cells = shown[name].split(" | ")
+        assert int(count) == len(runs)
+        for tier, cell in zip(("allocated", "reserved", "process"), cells, strict=True):
+            errors = [100 * row.error for row in validation.rows(tier, runs)]
+            mean, worst = (float(text.replace("\u2212", "-")) for text in re.findall(r"([-+\u2212]?[\d.]+) %", cell))
+            assert mean == pytest.approx(sum(map(abs, errors)) / len(errors), rel=0.01, abs=0.001), (name, tier)
+            assert worst == pytest.approx(max(errors, key=abs), abs=0.05), (name, tier)
+    others = [run for run in validation.runs if run.base != "int8"]
+    (said,) = re.findall(rf"(\d+) of {len(others)} runs", section)
+    assert int(said) == pytest.approx(sum(run.rows[0].error == 0 for run in others), abs=5)
+
+
+def test_measured_figures_beside_other_tools_are_those_of_the_records(validation: Validation) -> None:
+    section = README.read_text(encoding="utf-8").partition("## Other tools")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([\w.-]+) (\w+), [^|]* \| ([\d.]+) \| ([\d.]+) \| ", section, re.MULTILINE)
+    runs = {(run.record.case.id, run.method): run for run in validation.runs if run.file == "h200-real"}
+    for model, method, measured, predicted in rows:
+        (run,) = (r for (id_, m), r in runs.items()
+                  if id_.startswith(f"real-{model.replace('.', '_')}-") and m == method.lower())  # fmt: skip
+        row = run.row("process")
+        assert row is not None
+        assert row.measured_bytes / 2**30 == pytest.approx(float(measured), abs=0.006)
+        assert row.predicted_bytes / 2**30 == pytest.approx(float(predicted), abs=0.006)
+    assert len(rows) == 4
 
 
 def test_figures_of_the_tiers_are_those_of_compare() -> None:
