@@ -7,7 +7,7 @@ B batch, N query heads, S tokens, H head_dim; scores with sinks are [B, N, S, S 
     q, repeated k                   2 B N S H d             factors of the scores
     indices of each row's maximum   8 B N S                 top-k of the combined scores
     probabilities with sinks        B N S (S + 1) d         softmax's result, of which the probabilities are a slice
-    probabilities, repeated v       B N S S d + B N S H d   factors of the result; the first a copy where dropped or cast
+    probabilities, repeated v       B N S S d + B N S H d   factors of the result; the first a copy if dropped or cast
 All die with their nodes; scores, their sum with the mask and the concatenation are temporaries of B N S S d each.
 """
 
