@@ -78,7 +78,10 @@ def _query_value(c: TrainConfig) -> Fields | None:
 
 
 def _pure_bf16(c: TrainConfig) -> Fields | None:
-    return {"weight_dtype": "bf16", "autocast": False} if c.method == "full" and c.weight_dtype == "fp32" else None
+    if c.method != "full" or c.weight_dtype != "fp32":
+        return None
+    # autocast goes with fp32 weights; to one who asked for it, it stays
+    return {"weight_dtype": "bf16"} if "autocast" in c.model_fields_set else {"weight_dtype": "bf16", "autocast": False}
 
 
 def _lora(c: TrainConfig) -> Fields | None:
@@ -110,11 +113,16 @@ CHANGES: tuple[Change, ...] = (
 
 
 def applicable(config: TrainConfig) -> Iterator[tuple[Change, Fields]]:
-    """The changes that mean something for `config`, cheapest first."""
+    """The changes that mean something for `config`, cheapest first; a switch that its user set is left alone."""
     for change in CHANGES:
         fields = change.fields(config)
-        if fields is not None:
+        if fields is not None and not any(isinstance(value, bool) for value in replaced(config, fields).values()):
             yield change, fields
+
+
+def replaced(config: TrainConfig, fields: Fields) -> Fields:
+    """What the user of `config` said and `fields` would change."""
+    return {name: getattr(config, name) for name in fields if name in config.model_fields_set}
 
 
 def flags(fields: Fields) -> str:

@@ -28,6 +28,7 @@ from memplan.model_spec import ModelSpec
 from memplan.ops.tensor import round_block
 from memplan.prequantized import check_storage
 from memplan.train_config import NO_USE_FOR, TrainConfig
+from memplan.units import gib
 
 ModelLike = ModelSpec | str | os.PathLike[str]
 COMPONENTS = (
@@ -65,12 +66,29 @@ class Estimate:
         self.program: Program = Composer(decoder, workspace_bytes=self.runtime.workspace_bytes).compose()
         self.ledger: Ledger = fold(self.program)
         names = name_warnings(model.model_type, config, self.program.weights)
-        self.warnings: tuple[str, ...] = (*decoder.warnings(), *_count_warning(model, self.program), *names)
+        self._warnings: tuple[str, ...] = (*decoder.warnings(), *_count_warning(model, self.program), *names)
 
     @cached_property
     def simulation(self) -> Simulation:
-        """The program played on the caching allocator."""
-        return simulate(self.program, self.allocator_config)
+        """The program played on the caching allocator; without the limit it may have where the run exceeds that."""
+        try:
+            return simulate(self.program, self.allocator_config)
+        except OutOfMemory:
+            if self.allocator_config.limit_bytes is None:
+                raise
+            return simulate(self.program, replace(self.allocator_config, limit_bytes=None))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its user should know of the run, one sentence each."""
+        limit_bytes = self.allocator_config.limit_bytes
+        if limit_bytes is None or self.spare_within(limit_bytes) >= 0:
+            return self._warnings
+        return (
+            *self._warnings,
+            f"the run does not get through with the {gib(limit_bytes)} that `per_process_memory_fraction` allows: "
+            "reserved and process are what it takes without",
+        )
 
     def spare_within(self, capacity_bytes: int) -> int:
         """Bytes to spare when the driver has `capacity_bytes` for the allocator; below 0 for a run that fails.
@@ -78,6 +96,9 @@ class Estimate:
         0 where the run gets through only by giving cached memory back, and where it fails, what is missing there and
         then. A run that no limit touches is played once: under the limit and without it are the same.
         """
+        limit_bytes = self.allocator_config.limit_bytes
+        if limit_bytes is not None:
+            capacity_bytes = min(capacity_bytes, limit_bytes)
         known = self.__dict__.get("simulation")
         if known is not None and not known.met_limit and known.highest_reserved_bytes <= capacity_bytes:
             return int(capacity_bytes - known.highest_reserved_bytes)
@@ -108,6 +129,11 @@ class Estimate:
     def beside_reserved_bytes(self) -> int:
         """What the process takes beside the caching allocator: driver, context, kernels, managed memory."""
         return self.runtime.beside_reserved(self.config, self.program.managed_bytes)
+
+    @property
+    def load_process_bytes(self) -> int:
+        """Process bytes at the highest point before and in the steps: loading may take more than training."""
+        return self.simulation.highest_reserved_bytes + self.beside_reserved_bytes
 
     @property
     def tensor_bytes(self) -> int:
@@ -209,7 +235,9 @@ def estimate(
     spec, decided = catalog.load_with_settings(model)
     run = make_config(config, decided=decided, **fields)
     card = gpus.get(gpu) if isinstance(gpu, str) else gpu
-    settings = AllocatorConfig.parse(allocator) if isinstance(allocator, str) else allocator
+    settings = allocator
+    if isinstance(settings, str):
+        settings = AllocatorConfig.parse(settings, device_bytes=None if card is None else card.memory_bytes)
     return Estimate(spec, run, card, settings)
 
 

@@ -12,11 +12,13 @@ from itertools import combinations
 from typing import Any, Literal
 
 from memplan import catalog, gpus
-from memplan.changes import Change, Fields, applicable, flags
+from memplan.architectures import decoder_for
+from memplan.changes import Fields, applicable, flags, replaced
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate, ModelLike, make_config
 from memplan.gpus import GpuSpec
 from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.runtime import runtime_for
 from memplan.model_spec import ModelSpec
 from memplan.residuals import band
 from memplan.search import Border, last_not_negative
@@ -38,6 +40,8 @@ class Suggestion:
     fields: Fields
     process_bytes: int
     cost: str
+    in_place_of: str = ""
+    """Options that the user gave and that these replace."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ class Fitter:
             known = self._spares[config] = made.spare_within(left)
         return known
 
+    def room(self, made: Estimate) -> int:
+        """What the card has for the process; less where `per_process_memory_fraction` allows it less."""
+        limit_bytes = self.allocator.limit_bytes
+        if limit_bytes is None:
+            return self.capacity_bytes
+        return min(self.capacity_bytes, limit_bytes + made.beside_reserved_bytes)
+
     def _left(self, made: Estimate) -> int:
         """What the driver has for the allocator."""
         return self.capacity_bytes - made.beside_reserved_bytes
@@ -128,11 +139,15 @@ class Fitter:
             made = self.estimate(at(value))
             return self._left(made) - made.tensor_bytes
 
-        most, bad = last_not_negative(spare_of_tensors, start, _LIMITS[knob], tolerance=1 / 8)
+        limit = _LIMITS[knob]
+        if knob == "seq_len":
+            limit = decoder_for(self.model, config).most_tokens or limit
+        most, bad = last_not_negative(spare_of_tensors, start, limit, tolerance=1 / 8)
         border = Border(lambda value: self._spare(at(value)), bad)
         if at(start) in self._spares and start < bad:
             border.ask(start)
-        return border.find((most * 7 // 8, most * 3 // 4, most // 2))
+        guesses = (most * 7 // 8, most * 3 // 4, most // 2)
+        return border.find((limit, *guesses) if bad > limit else guesses)
 
     def suggestions(self, config: TrainConfig) -> Iterator[Suggestion]:
         """Single changes that make `config` fit, cheapest first; the best pairs where no single one does."""
@@ -142,7 +157,7 @@ class Fitter:
             made = self._try(config, fields)
             if made is not None:
                 found = True
-                yield Suggestion(flags(fields), fields, made.process_bytes, change.cost)
+                yield _suggestion(config, fields, made, change.cost)
         if found:
             return
         for (first, a), (second, b) in combinations(singles, 2):
@@ -150,7 +165,7 @@ class Fitter:
                 continue
             made = self._try(config, a | b)
             if made is not None:
-                yield Suggestion(flags(a | b), a | b, made.process_bytes, _both(first, second))
+                yield _suggestion(config, a | b, made, f"{first.cost}; {second.cost}")
 
     def _try(self, config: TrainConfig, fields: Fields) -> Estimate | None:
         try:
@@ -160,8 +175,8 @@ class Fitter:
             return None
 
 
-def _both(first: Change, second: Change) -> str:
-    return f"{first.cost}; {second.cost}"
+def _suggestion(config: TrainConfig, fields: Fields, made: Estimate, cost: str) -> Suggestion:
+    return Suggestion(flags(fields), fields, made.process_bytes, cost, flags(replaced(config, fields)))
 
 
 def fit(
@@ -198,7 +213,7 @@ def fit(
         estimate=made,
         gpu=fitter.gpu,
         verdict=verdict,
-        capacity_bytes=fitter.capacity_bytes,
+        capacity_bytes=fitter.room(made),
         band_bytes=band(run, made.tensor_bytes),
         suggestions=tuple(suggestions),
         largest=largest,
@@ -242,7 +257,7 @@ def over_cards(
         fitter, run = _fitter(model, config, name, False, allocator, fields)
         made = fitter.estimate(run)
         verdict, margin = fitter.verdict(run), band(run, made.tensor_bytes)
-        reports.append(FitReport(made, fitter.gpu, verdict, fitter.capacity_bytes, margin, (), {}))
+        reports.append(FitReport(made, fitter.gpu, verdict, fitter.room(made), margin, (), {}))
     return reports
 
 
@@ -258,11 +273,15 @@ def _fitter(
     run = make_config(config, decided=decided, **fields)
     if isinstance(gpu, str) and gpu.strip().lower() == "auto":
         found = gpus.detect()
-        card, capacity = found.spec, found.free_bytes if free_only else found.total_bytes
+        card, capacity = found.spec, found.total_bytes
+        if free_only:  # of what NVML calls used, a run's need has the driver's own part as well
+            capacity = min(found.free_bytes + runtime_for(card).driver_bytes, capacity)
     elif free_only:
         raise MemplanError("what is free is known of the card of this machine alone", hints=["use `--gpu auto`"])
     else:
         card = gpus.get(gpu) if isinstance(gpu, str) else gpu
         capacity = card.memory_bytes
-    settings = AllocatorConfig.parse(allocator) if isinstance(allocator, str) else allocator or AllocatorConfig()
+    settings = allocator or AllocatorConfig()
+    if isinstance(settings, str):
+        settings = AllocatorConfig.parse(settings, device_bytes=card.memory_bytes)
     return Fitter(spec, card, settings, capacity), run

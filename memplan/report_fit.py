@@ -17,6 +17,7 @@ class SuggestionReport(Row):
     fields: dict[str, Any]
     process_bytes: int
     cost: str
+    in_place_of: str
 
     @classmethod
     def of(cls, suggestion: Suggestion) -> Self:
@@ -25,6 +26,7 @@ class SuggestionReport(Row):
             fields=dict(suggestion.fields),
             process_bytes=suggestion.process_bytes,
             cost=suggestion.cost,
+            in_place_of=suggestion.in_place_of,
         )
 
 

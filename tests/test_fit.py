@@ -9,9 +9,12 @@ import pytest
 
 from memplan import catalog, estimate, gpus
 from memplan.cli import app
+from memplan.cli.fit import fit_lines
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.fit import KNOBS, FitReport, Fitter, Knob, fit, over_cards, solve
 from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.runtime import runtime_for
+from memplan.residuals import band
 from memplan.train_config import TrainConfig
 from memplan.units import GIB, MIB
 
@@ -106,6 +109,50 @@ def test_mistakes_are_named_with_a_hint(call: object, error: type[MemplanError],
     with pytest.raises(error) as raised:
         call()  # type: ignore[operator]
     assert hint in " ".join(raised.value.hints)
+
+
+def test_no_length_is_offered_that_the_model_has_no_positions_for() -> None:
+    for model, positions in (("gpt2", 1024), ("opt-125m", 2048)):
+        assert solve(model, gpu="h200", for_="seq_len") == positions
+    assert solve("pythia-70m", gpu="h200", for_="seq_len") > 2048  # rotary: memory is the only end
+
+
+def test_loading_may_take_more_than_training() -> None:
+    """prepare_model_for_kbit_training casts the largest embeddings while both copies are there."""
+    run: dict[str, Any] = {"method": "qlora", "stack": "torch", "seq_len": 16}
+    made = estimate("bloom-7b1", gpu="8GiB", **run)
+    loading = max(memory.peak_allocated_bytes for memory in made.simulation.phases[0].values())
+    assert loading > made.reserved_bytes + 4 * band(made.config, made.tensor_bytes)
+    between = (loading + made.reserved_bytes) // 2 + made.beside_reserved_bytes
+    report = fit("bloom-7b1", gpu=f"{between / GIB:.9f}GiB", **run)
+    assert report.headroom_bytes > 0
+    assert report.verdict == "does not fit"
+    assert "loading takes" in "".join(fit_lines(report))
+
+
+def test_a_fraction_of_the_card_is_all_that_may_be_reserved() -> None:
+    needed = estimate(MODEL, gpu="8GiB").reserved_bytes
+    for share, verdict in ((1.1, "fits"), (0.9, "does not fit")):
+        report = fit(MODEL, gpu="8GiB", allocator=f"per_process_memory_fraction:{share * needed / (8 * GIB):.6f}")
+        assert report.verdict == verdict
+        assert (report.headroom_bytes > 0) == report.fits
+        assert bool(report.estimate.warnings) != report.fits
+        assert abs(report.process_bytes - needed - report.estimate.beside_reserved_bytes) < MIB
+
+
+def test_what_is_free_is_had_besides_what_the_driver_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an idle card, where NVML calls used what the driver keeps, both ask the same."""
+    card = gpus.get("rtx-4090")
+    kept = runtime_for(card).driver_bytes
+
+    def detected(free_bytes: int) -> gpus.DetectedGpu:
+        return gpus.DetectedGpu(card, 0, "RTX 4090", card.memory_bytes, free_bytes, "580")
+
+    monkeypatch.setattr(Fitter, "largest", lambda *_: 0)
+    monkeypatch.setattr(gpus, "detect", lambda: detected(card.memory_bytes - kept))
+    assert fit(MODEL, gpu="auto", free_only=True).capacity_bytes == fit(MODEL, gpu="auto").capacity_bytes
+    monkeypatch.setattr(gpus, "detect", lambda: detected(GIB))
+    assert fit(MODEL, gpu="auto", free_only=True).capacity_bytes == GIB + kept
 
 
 # The command

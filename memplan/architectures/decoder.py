@@ -47,6 +47,8 @@ class Decoder:
     """Layers get the mask as a positional argument: a reentrant checkpoint saves it, and holds the others by name."""
     supports_sdpa = True
     """Off, transformers takes eager attention whatever is asked."""
+    looks_up_positions = False
+    """Positions are rows of a table (learned, sines, ALiBi): there are none beyond `max_position_embeddings`."""
     sliding_layers_have_own_rotary = False
     """Sliding layers rotate by tables of their own (gemma3)."""
 
@@ -54,6 +56,11 @@ class Decoder:
         self.spec = spec
         self.config = config
         self.device = device
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest sequence that the model can run at all; None for no end."""
+        return self.spec.max_position_embeddings if self.looks_up_positions else None
 
     # What a family may change
 

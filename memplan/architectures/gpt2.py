@@ -25,6 +25,7 @@ from memplan.ops.tensor import Tensor
 class GPT2(Decoder):
     layer_prefix = "transformer.h"
     embedding_name = "transformer.wte"
+    looks_up_positions = True
     softmax_in_fp32 = False
     passes_mask_by_position = True
 

@@ -22,6 +22,7 @@ from memplan.ops.tensor import Machine, Tensor
 class GPTJ(Decoder):
     layer_prefix = "transformer.h"
     embedding_name = "transformer.wte"
+    looks_up_positions = True
     supports_sdpa = False
 
     def rotary_dim(self) -> int | None:

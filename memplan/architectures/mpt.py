@@ -26,6 +26,7 @@ from memplan.ops.tensor import Machine, Tensor
 class Mpt(Decoder):
     layer_prefix = "transformer.blocks"
     embedding_name = "transformer.wte"
+    looks_up_positions = True
     supports_sdpa = False
 
     def rotary_dim(self) -> int | None:

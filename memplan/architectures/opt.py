@@ -28,6 +28,7 @@ POSITION_OFFSET = 2
 class OPT(Decoder):
     layer_prefix = "model.decoder.layers"
     embedding_name = "model.decoder.embed_tokens"
+    looks_up_positions = True
 
     def rotary_dim(self) -> int | None:
         return None

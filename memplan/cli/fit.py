@@ -118,15 +118,20 @@ def fit_lines(report: FitReport) -> Iterator[str]:
 
 
 def _in_words(report: FitReport) -> str:
-    share = percent(abs(report.headroom_bytes), report.capacity_bytes)
-    if report.verdict == "does not fit":
-        return f"{gib(max(-report.headroom_bytes, 0))} GiB short of {gib(report.capacity_bytes)} GiB ({share})"
-    if report.headroom_bytes < 0:
+    has, headroom = report.capacity_bytes, report.headroom_bytes
+    share = percent(abs(headroom), has)
+    loading = report.estimate.load_process_bytes
+    if headroom < 0 and report.verdict == "fits":
         return "only by giving cached memory back to the driver, which costs time"
-    spare = f"{gib(report.headroom_bytes)} GiB to spare ({share})"
-    if report.verdict == "fits":
-        return spare
-    return f"{spare}, within the {gib(report.band_bytes)} GiB by which measured runs have exceeded predictions"
+    if headroom < 0:
+        said = f"{gib(-headroom)} GiB short of {gib(has)} GiB ({share})"
+    elif loading > has:
+        said = f"loading takes {gib(loading)} GiB of {gib(has)} GiB"
+    else:
+        said = f"{gib(headroom)} GiB to spare ({share})"
+    if report.verdict != "too close to call":
+        return said
+    return f"{said}; measured runs have taken up to {gib(report.band_bytes)} GiB beyond their prediction"
 
 
 def _why(report: FitReport) -> Iterator[str]:
@@ -141,7 +146,8 @@ def _why(report: FitReport) -> Iterator[str]:
     yield heading("what makes it fit", "GiB then needed")
     for suggestion in report.suggestions:
         yield f"  {gib(suggestion.process_bytes):>7}  {bold(suggestion.flags)}"
-        yield from (dim(line) for line in paragraph(suggestion.cost, indent=11))
+        said = f"in place of {suggestion.in_place_of}; " if suggestion.in_place_of else ""
+        yield from (dim(line) for line in paragraph(said + suggestion.cost, indent=11))
 
 
 def _signed(num_bytes: int) -> str:
