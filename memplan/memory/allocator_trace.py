@@ -82,6 +82,9 @@ class _Replay:
         for index, entry in enumerate(self.entries):
             try:
                 self.step(index, entry)
+            except OutOfMemory:  # nothing after it can be followed
+                self.difference = self.difference or f"entry {index}: out of memory, recorded none"
+                break
             except _Parted as parted:
                 self.difference = self.difference or f"entry {index}: {parted}"
                 if self.follow:
