@@ -19,6 +19,11 @@ from memplan.hf_rules import MAX_LAYERS
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
+_LEARNED_POSITIONS = frozenset({"gpt2", "gptj", "mpt", "opt"})
+"""Model types that keep a table of `max_position_embeddings` rows (of sines in gptj, of biases in mpt)."""
+_SPARSE = frozenset({"mixtral", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"})
+"""Model types whose layers have experts whatever their number; the qwen ones are dense without."""
+
 # Bounds keep a typing mistake (or a hostile file) from becoming an estimate of petabytes or a loop of
 # hours; each lies at least eightfold above the largest model published.
 MAX_WIDTH = 2**20
@@ -192,6 +197,10 @@ class ModelSpec(BaseModel):
             raise ValueError("`layer_types` names sliding layers, but `sliding_window` is not given")
         if self.rotary_dim is not None and self.rotary_dim > self.head_dim:
             raise ValueError(f"`rotary_dim` ({self.rotary_dim}) is above `head_dim` ({self.head_dim})")
+        if self.model_type in _LEARNED_POSITIONS and self.max_position_embeddings is None:
+            raise ValueError(f"`{self.model_type}` has a table of positions, and its length is not given")
+        if self.model_type in _SPARSE and not self.num_experts and self.first_k_dense_replace < self.num_hidden_layers:
+            raise ValueError(f"`{self.model_type}` is a mixture of experts, and has none")
         if self.num_experts:
             if not 1 <= self.num_experts_per_tok <= self.num_experts:
                 raise ValueError(

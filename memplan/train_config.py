@@ -124,7 +124,7 @@ class TrainConfig(BaseModel):
     """Sequences per forward pass (`per_device_train_batch_size`)."""
     seq_len: int = Field(1024, ge=1, le=2**24)
     """Tokens per sequence (TRL `max_length`)."""
-    gradient_accumulation_steps: int = Field(1, ge=1, le=2**20)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)
     """Forward/backward passes per optimizer step."""
     padding: bool = False
     """The batch holds sequences of unequal length, so attention gets a real padding mask."""

@@ -6,6 +6,7 @@ import pytest
 
 from memplan.architectures import FAMILIES, decoder_for
 from memplan.errors import MemplanError
+from memplan.estimate import estimate
 from memplan.memory.ledger import fold, peak_of
 from memplan.memory.program import Composer, Program
 from memplan.model_spec import ModelSpec
@@ -67,3 +68,19 @@ def test_no_block_is_freed_twice_and_steps_leave_nothing_behind(family: str, kno
     assert peak_of(program) == fold(program).peak_bytes > 0
     ends = live_at_the_end(program)
     assert sum(ends[1].values()) == sum(ends[2].values()), "memory grows from step to step"
+
+
+@pytest.mark.parametrize(("method", "stack"), [("full", "torch"), ("qlora", "trl"), ("lora", "trainer")])
+def test_micro_steps_beyond_those_played_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, method: str, stack: str
+) -> None:
+    spec = ModelSpec.from_hf_config({"model_type": "llama", **SMALL, "hidden_size": 512, "vocab_size": 8000})
+    fields = {"method": method, "stack": stack, "seq_len": 300, "gradient_accumulation_steps": 300}
+    some = estimate(spec, **fields)
+    assert (
+        len(some.program.plays) < len(estimate(spec, **fields | {"gradient_accumulation_steps": 128}).program.plays) + 9
+    )
+    monkeypatch.setattr("memplan.memory.program.MAX_MICRO_STEPS", 10**9)
+    every = estimate(spec, **fields)
+    assert len(every.program.plays) > 2 * len(some.program.plays)
+    assert (some.components, some.phases, some.reserved_bytes) == (every.components, every.phases, every.reserved_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from memplan.architectures.run_checks import check_run
+from memplan.architectures.run_checks import check_rotary, check_run
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER, Device
@@ -84,10 +84,12 @@ def decoder_for(spec: ModelSpec, config: TrainConfig, device: Device = HOPPER) -
 
     Raises:
         UnknownNameError: a `model_type` that has no family yet.
-        MemplanError: attention that the family does not have.
+        MemplanError: attention that the family does not have, or a model that its classes cannot run.
     """
     family = FAMILIES.get(spec.model_type)
     if family is None:
         raise UnknownNameError("model_type", spec.model_type, FAMILIES)
     check_run(spec, config, supports_sdpa=family.supports_sdpa)
-    return family(spec, config, device)
+    decoder = family(spec, config, device)
+    check_rotary(spec, decoder.rotary_dim())
+    return decoder

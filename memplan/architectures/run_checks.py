@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.errors import MemplanError
+from memplan.errors import InvalidSpecError, MemplanError
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 
@@ -32,4 +32,17 @@ def check_run(spec: ModelSpec, config: TrainConfig, *, supports_sdpa: bool) -> N
     if config.weight_dtype == "fp32" and not config.autocast:
         raise MemplanError(
             "flash attention takes no fp32", hints=["turn `autocast` on, load the weights in bf16, or take `sdpa`"]
+        )
+
+
+def check_rotary(spec: ModelSpec, width: int | None) -> None:
+    """Rotation turns pairs: transformers' tables have an even width, which does not meet an odd one.
+
+    Raises:
+        InvalidSpecError: `width`, how much of a head is rotated, is odd.
+    """
+    if width is not None and width % 2:
+        raise InvalidSpecError(
+            f"rotary embeddings turn pairs: {width} elements of each head (`head_dim` {spec.head_dim}) are none",
+            hints=["`hidden_size`, `num_attention_heads`, `head_dim` and `partial_rotary_factor` decide it"],
         )

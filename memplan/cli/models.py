@@ -118,7 +118,7 @@ def _origin_lines(spec: ModelSpec) -> Iterator[str]:
         yield from paragraph(", ".join(dict.fromkeys(names)), first="also known as  ")
     if spec.source:
         yield from (dim(line) for line in paragraph(spec.source, first="source  "))
-    for note in spec.notes:
+    for note in (*spec.left_out, *spec.notes):
         yield from paragraph(note, first="note  ")
 
 

@@ -26,6 +26,10 @@ Link = tuple[int, int, int, int]
 BLASLT_WORKSPACE_BYTES = 2**20
 """`parseCUDABlasLtWorkspaceSize`, torch 2.11 aten/src/ATen/cuda/CublasHandlePool.cpp; seen on an H200, one a thread."""
 
+MAX_MICRO_STEPS = 128
+"""Micro-steps of a step that are played; all batches are counted. From the second on they are alike to the ledger, and
+long before the last of these the caching allocator repeats itself (rounds.py)."""
+
 BEFORE_STEPS = ("load", "prepare")
 """Phases before the first step: a run's peaks are over its steps, as they are measured."""
 
@@ -123,7 +127,7 @@ class Composer:
         for step in range(self.num_steps):
             self.loop.begin_step(step)
             gradients: list[tuple[int, list[tuple[str, int]]]] = []
-            for micro in range(self.config.gradient_accumulation_steps):
+            for micro in range(min(self.config.gradient_accumulation_steps, MAX_MICRO_STEPS)):
                 begin, first_frame = len(self.program.plays), len(self.program.frames)
                 made = self._micro_step(step, again if micro else first)
                 self.program.rounds.append(Round(begin, len(self.program.plays), first_frame))
