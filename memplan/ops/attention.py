@@ -28,6 +28,7 @@ from memplan.ops.pointwise import (
     copied_in_backward,
     dropout,
     expand_copy,
+    expand_view,
     mul_number,
     saves_result,
     to,
@@ -48,11 +49,11 @@ def split_heads(x: Tensor, num_heads: int, head_dim: int, *, copies: bool = Fals
 
 
 def repeat_kv(x: Tensor, num_groups: int) -> Tensor:
-    """[B, K, S, H] -> [B, K * groups, S, H], a copy unless there is one group."""
+    """[B, K, S, H] -> [B, K * groups, S, H], a copy unless there is one group, or one head to repeat: then a view."""
     if num_groups == 1:
         return x
     batch, heads, tokens, head_dim = x.shape
-    return expand_copy(x, (batch, heads * num_groups, tokens, head_dim))
+    return (expand_view if heads == 1 else expand_copy)(x, (batch, heads * num_groups, tokens, head_dim))
 
 
 def eager(
@@ -77,7 +78,8 @@ def eager(
     value_states = repeat_kv(v, num_groups)
     scores_shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     copies = q.shape[0] > 1
-    copies_keys = copies and not by_heads and num_groups == 1
+    is_view = num_groups > 1 and k.shape[1] == 1
+    copies_keys = copies and (is_view or (not by_heads and num_groups == 1))
     attn_weights = mul_number(matmul(q, key_states, scores_shape, copies=(copies and not by_heads, copies_keys)))
     if soft_caps:
         attn_weights = mul_number(attn_weights)
@@ -92,7 +94,7 @@ def eager(
         attn_weights = to(attn_weights, v.dtype)
     if p:
         attn_weights = dropout(attn_weights, p)
-    output = weighted_values(attn_weights, value_states, by_tokens=num_groups == 1)
+    output = weighted_values(attn_weights, value_states, by_tokens=num_groups == 1 or is_view)
     return contiguous(output), attn_weights
 
 
