@@ -84,6 +84,7 @@ class Fitter:
         self.capacity_bytes = capacity_bytes
         self._estimates: dict[TrainConfig, Estimate] = {}
         self._spares: dict[TrainConfig, int] = {}
+        self._largest: dict[tuple[TrainConfig, Knob], int] = {}
 
     def estimate(self, config: TrainConfig) -> Estimate:
         made = self._estimates.get(config)
@@ -106,10 +107,20 @@ class Fitter:
         """`Estimate.spare_within` what the card has, the band of measured residuals aside."""
         known = self._spares.get(config)
         if known is None:
+            known = self._short_by_two_micro_steps(config)
+        if known is None:
             made = self.estimate(config)
             left = self._left(made) - band(config, made.tensor_bytes)
             known = self._spares[config] = made.spare_within(left)
         return known
+
+    def _short_by_two_micro_steps(self, config: TrainConfig) -> int | None:
+        """What is missing where two micro-steps already hold more than there is: more of them hold no less."""
+        if config.gradient_accumulation_steps <= 2 or config in self._estimates:
+            return None
+        made = self.estimate(config.but(gradient_accumulation_steps=2))
+        left = self._left(made) - band(config, made.tensor_bytes)
+        return left - made.tensor_bytes if made.tensor_bytes > left else None
 
     def room(self, made: Estimate) -> int:
         """What the card has for the process; less where `per_process_memory_fraction` allows it less."""
@@ -142,12 +153,28 @@ class Fitter:
         limit = _LIMITS[knob]
         if knob == "seq_len":
             limit = decoder_for(self.model, config).most_tokens or limit
-        most, bad = last_not_negative(spare_of_tensors, start, limit, tolerance=1 / 8)
-        border = Border(lambda value: self._spare(at(value)), bad)
-        if at(start) in self._spares and start < bad:
+        border = Border(lambda value: self._spare(at(value)), limit + 1)
+        if config in self._spares and start <= limit:
             border.ask(start)
-        guesses = (most * 7 // 8, most * 3 // 4, most // 2)
-        return border.find((limit, *guesses) if bad > limit else guesses)
+        if knob == "seq_len":
+            border.ask_between(*self._lengths_alike(config))
+        if border.bad <= limit:
+            found = border.find([border.bad * part // 32 for part in (31, 30, 28, 24, 16)])
+        else:
+            most, border.bad = last_not_negative(spare_of_tensors, max(start, border.good), limit, tolerance=1 / 8)
+            guesses = [most * part // 8 for part in (7, 6, 4)]
+            found = border.find([limit, *guesses] if border.bad > limit else guesses)
+        self._largest[config, knob] = found
+        return found
+
+    def _lengths_alike(self, config: TrainConfig) -> list[int]:
+        """The lengths with as many tokens as the largest micro-batch that fits, and as one more: where attention keeps
+        no tokens squared, the length ends between the two."""
+        found = self._largest.get((config, "micro_batch_size"))
+        if not found:
+            return []
+        tokens = config.seq_len * found // config.micro_batch_size
+        return [tokens, tokens + config.seq_len // config.micro_batch_size]
 
     def suggestions(self, config: TrainConfig) -> Iterator[Suggestion]:
         """Single changes that make `config` fit, cheapest first; the best pairs where no single one does."""

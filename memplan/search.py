@@ -60,6 +60,12 @@ class Border:
         self.good = value
         return True
 
+    def ask_between(self, *values: int) -> None:
+        """Learns whether each of `values` holds, as far as that is not known yet."""
+        for value in values:
+            if self.good < value < self.bad:
+                self.ask(value)
+
     def find(self, guesses: Iterable[int]) -> int:
         """The last value that holds; 0 for none. `guesses` are asked first, until one holds."""
         for guess in guesses:

@@ -51,6 +51,29 @@ def test_solve_gives_the_last_value_that_fits(knob: Knob, method: Any) -> None:
     assert not fitter.fits(TrainConfig(method=method, **{knob: last + 1}))
 
 
+@pytest.mark.parametrize("stack", ["torch", "trainer", "trl"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_two_micro_steps_are_a_lower_bound_of_more(stack: str, method: str) -> None:
+    """By this `fit` rules out a run of many without composing it."""
+    sizes = [
+        estimate(MODEL, stack=stack, method=method, gradient_accumulation_steps=steps).tensor_bytes
+        for steps in (2, 3, 8)
+    ]
+    assert sizes == sorted(sizes)
+
+
+def test_a_run_of_many_micro_steps_gets_the_verdict_of_its_own_play() -> None:
+    run = TrainConfig(method="full", gradient_accumulation_steps=8, seq_len=4096)
+    made = estimate(MODEL, run, gpu="8GiB")
+    needed, margin = made.process_bytes, band(run, made.tensor_bytes)
+    answers = []
+    for capacity in (needed + 2 * margin, needed + margin, needed // 2):
+        fitter = Fitter(catalog.load(MODEL), gpus.get("8GiB"), AllocatorConfig(), capacity)
+        answers.append(fitter.fits(run))
+        assert fitter.fits(run) == (made.spare_within(capacity - margin - made.beside_reserved_bytes) >= 0)
+    assert answers == [True, True, False]
+
+
 def test_more_memory_never_lets_less_fit() -> None:
     sizes = [solve(MODEL, gpu=f"{size}GiB") for size in (1, 2, 4)]
     assert sizes[0] == 0
