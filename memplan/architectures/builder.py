@@ -150,12 +150,15 @@ class Builder:
             return DoraEmbedding(base, down, up, self._adapter(f"{name}.{MAGNITUDE}", (width,), made))
         return LoraEmbedding(base, down, up)
 
-    def tied_head(self, name: str, tied_to: str, width: int, vocab: int) -> Linear | LoraLinear | DoraLinear:
-        """An output head whose weight is that of the embedding `tied_to`."""
+    def tied_head(
+        self, name: str, tied_to: str, width: int, vocab: int, *, bias: bool = False
+    ) -> Linear | LoraLinear | DoraLinear:
+        """An output head whose weight is that of the embedding `tied_to`; its bias is its own (gptj, phi)."""
         weight = self.tied(f"{tied_to}.weight", (vocab, width))
+        own = self.own(name, ("bias", (vocab,))) if bias else []
         if self.saves(name):
-            return Linear(width, vocab, self._copy(weight, name))
-        base = Linear(width, vocab, weight)
+            return Linear(width, vocab, self._copy(weight, name), *own)
+        base = Linear(width, vocab, weight, *own)
         return self._adapted(name, base, width, vocab) if self.is_target(name) else base
 
     def tied(self, name: str, shape: Shape) -> Parameter:

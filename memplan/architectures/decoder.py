@@ -173,7 +173,8 @@ class Decoder:
     def head(self, build: Builder) -> Callable[[Tensor], Tensor]:
         spec = self.spec
         if spec.tie_word_embeddings:
-            return build.tied_head("lm_head", self.embedding_name, self.embedding_width, spec.vocab_size)
+            width, bias = self.embedding_width, spec.lm_head_bias
+            return build.tied_head("lm_head", self.embedding_name, width, spec.vocab_size, bias=bias)
         return build.linear("lm_head", self.embedding_width, spec.vocab_size, bias=spec.lm_head_bias, quantise=False)
 
     @property

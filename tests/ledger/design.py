@@ -31,6 +31,7 @@ WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepsee
 """`all-linear` reaches their experts (peft/utils/transformers_weight_conversion.py), which are bare parameters."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj_tied": ("gptj", {"tie_word_embeddings": True}),
     "llama_multi_query": ("llama", {"num_key_value_heads": 1}),
     "gemma_2b": ("gemma", {"num_key_value_heads": 1, "head_dim": 64}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
