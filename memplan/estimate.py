@@ -1,7 +1,7 @@
 """`estimate`: the one call behind everything else.
 
-The tensor ledger (what is alive when) is there at once, in milliseconds whatever the depth; the caching allocator is
-played when a tier is first asked for.
+The tensor ledger (what is alive when) is there at once: layers of a kind are recorded once, and only their weights
+are counted one by one. The caching allocator, which takes longer, is played when a tier is first asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How long an estimate takes, part by part: `python tests/bench_estimate.py`. CPU milliseconds, the least of several.
 
-No test: a time is no property of the code alone.
+No test: a time is no property of the code alone. With PYTHONDONTWRITEBYTECODE set, starts compile all of memplan anew.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ RUNS = (
     ("llama-2-70b", TrainConfig(method="full")),
 )
 START = {
+    "import typer, pydantic": "import typer, pydantic",
     "import memplan.estimate": "import memplan.estimate",
     "memplan --version": "from memplan.cli.app import main; main(['--version'])",
     "memplan estimate": "from memplan.cli.app import main; main('estimate llama-7b --method qlora --rank 16'.split())",

@@ -1,6 +1,7 @@
 """What articles on fine-tuning say, each with its source and the assumption under which it is true or false.
 
-Figures are the articles'; memplan's side comes from the played step of the model that they speak of.
+Figures are the articles'; memplan's side comes from the played step of the model that they speak of. Pages were read
+in November 2026; where none was found for a figure that goes round, its test says so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def full_7b() -> Estimate:
     return estimate("llama-7b", method="full", stack="trainer")
 
 
-# ZeRO, arXiv 1910.02054, section 3.1: 2 + 2 + 12 bytes a parameter for mixed precision with Adam.
+# ZeRO, arXiv 1910.02054, section 3.1: 2 + 2 + 12 bytes a parameter for mixed precision with Adam. As 112 GB for 7B:
+# saurabhblog.pages.dev/blog/fit-large-language-models-on-small-gpus
 
 
 def test_full_adamw_takes_16_bytes_a_parameter(full_7b: Estimate) -> None:
@@ -58,7 +60,8 @@ def test_gpt_3_takes_2_8_tb_of_states() -> None:
 
 
 def test_7b_has_28_gb_of_gradients(full_7b: Estimate) -> None:
-    """True of fp32 gradients, 4 bytes a parameter; bf16 weights have bf16 gradients, half of it."""
+    """True of fp32 gradients, 4 bytes a parameter; bf16 weights have bf16 gradients, half of it. Said in
+    theneuralbase.com/lora-fundamentals/learn/beginner/the-full-fine-tuning-problem-billions-of-parameters"""
     assert 7e9 * full_7b.bytes_of("gradients") / full_7b.num_params == pytest.approx(28 * GB, rel=1e-4)
 
 
@@ -85,13 +88,15 @@ def test_a_4096_square_matrix_at_rank_8_has_65536_adapter_parameters() -> None:
 
 @pytest.mark.parametrize(("rank", "num_params"), [(8, 4_194_304), (16, 8_388_608)])
 def test_llama_2_7b_with_q_and_v_adapted(rank: int, num_params: int) -> None:
-    """4 194 304 is often printed for rank 16 and is rank 8's: 32 layers × 2 matrices × r × (4096 + 4096)."""
+    """4 194 304 is often printed for rank 16 and is rank 8's: 32 layers × 2 matrices × r × (4096 + 4096). Printed
+    without its rank as 4.19 million in publications.waset.org/10014145"""
     run = estimate("llama-2-7b", rank=rank, target_modules=("q_proj", "v_proj"))
     assert run.num_trainable_params == num_params
 
 
 def test_adapters_take_tens_of_mb() -> None:
-    """True of q and v alone (LoRA's own choice); on all linear layers an fp32 adapter of rank 16 takes 160 MB."""
+    """True of q and v alone (LoRA's own choice); on all linear layers an fp32 adapter of rank 16 takes 160 MB. Said as
+    10 to 50 MB in code-mentor-xi-gilt.vercel.app/course/ai-llm-intro/lora-qlora"""
     q_and_v = estimate("llama-2-7b", target_modules=("q_proj", "v_proj"))
     assert 10e6 < q_and_v.adapter_bytes < 100e6
     assert estimate("llama-2-7b").adapter_bytes == pytest.approx(160e6, rel=0.01)
@@ -111,19 +116,22 @@ def test_65b_and_70b_fit_one_48_gb_card_with_qlora(model: str, card: str) -> Non
 
 
 def test_70b_does_not_fit_a_24_gb_card_with_qlora() -> None:
-    """False where it is said: half a byte a parameter is 35 GB before anything else."""
+    """False where it is said (gigagpu.com/rtx-4090-24gb-qlora-fine-tune-guide: 18.9 GB of NF4 weights): half a byte a
+    parameter is 35 GB before anything else."""
     run = estimate("llama-2-70b", method="qlora", rank=8, seq_len=128, gpu="rtx-4090")
     assert run.bytes_of("weights") > gpus.get("rtx-4090").memory_bytes
 
 
 def test_llama_3_8b_fits_a_24_gb_a10_with_qlora() -> None:
-    """True with room: the driver reports 22.49 GiB."""
+    """True with room: the driver reports 22.49 GiB. Said of the A10G, whose memory is the same, in
+    axiomlogica.com/ai-ml/fine-tune-llama-3-qwen-mistral-lora-24gb-gpu"""
     run = estimate("llama-3-8b", method="qlora", rank=16, seq_len=2048, gpu="a10")
     assert run.process_bytes < gpus.get("a10").memory_bytes
 
 
 def test_70b_does_not_have_1_4_tb_of_optimizer_states() -> None:
-    """False: Adam keeps 8 bytes a parameter, 564 GB. 1.4 TB is 20 bytes a parameter; all the 16 bytes of mixed
+    """No page was found that says it (lyceum.technology/magazine/oom-error-70b-model-fine-tuning has 560 GB).
+    False: Adam keeps 8 bytes a parameter, 564 GB. 1.4 TB is 20 bytes a parameter; all the 16 bytes of mixed
     precision are 1.13 TB, and only with an fp32 gradient beside the bf16 one, as Megatron keeps, does one get there."""
     run = estimate("llama-2-70b", method="full", stack="trainer")
     assert run.bytes_of("optimizer_states") == pytest.approx(70e9 * 8, rel=0.02)
@@ -131,7 +139,8 @@ def test_70b_does_not_have_1_4_tb_of_optimizer_states() -> None:
     assert states_bytes(run) + 4 * run.num_params == pytest.approx(1.4 * TB, rel=0.02)
 
 
-# The figures that go round for 7B, "120 / 16 / 5 GB", by tier and unit.
+# The figures that go round for 7B, "120 / 16 / 5 GB", by tier and unit: 126, 16.8 and 6 GB in
+# bitbytecore.com/tools/fine-tuning-vram-calculator, 15 and 5 GB in mp-is.eu/en/blog/lora-vs-qlora-vs-full-finetuning
 
 
 def test_120_16_and_5_gb() -> None:

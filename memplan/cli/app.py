@@ -7,6 +7,7 @@ Only the command that is named gets imported; the others are there for help, com
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import re
 import sys
@@ -85,7 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `memplan` on `arguments` (the command line's unless given) and exits."""
     # Looking through every installed package for plugins of pydantic takes a tenth of the start.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    # What is imported stays: looking through it for garbage, time and again, takes as much once more.
+    gc.disable()
+    build(_named(words))
+    gc.freeze()
+    gc.enable()
+    sys.exit(run(words))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -94,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")  # a terminal of another encoding gets `?` for a bar, not a crash
-    named = next((word for word in _words(arguments) if not word.startswith("-")), "")
+    named = _named(arguments)
     try:
         status = build(named)(args=list(arguments) or ["--help"], prog_name="memplan", standalone_mode=False)
         # No command at all: help, and the status of a usage error.
@@ -113,6 +120,11 @@ def run(arguments: Sequence[str]) -> int:
         hints = ["please report it with the command that was run", "`MEMPLAN_DEBUG=1` shows where"]
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         return _complain(f"a bug in memplan: {what}", hints, status=101)
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """The command that the command line names, if it is one."""
+    return next((word for word in _words(arguments) if not word.startswith("-")), "")
 
 
 def _words(arguments: Sequence[str]) -> Sequence[str]:

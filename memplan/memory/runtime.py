@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from memplan.gpus import GpuSpec
 from memplan.ops.device import HOPPER, Device
-from memplan.profiles import find
 from memplan.train_config import TrainConfig
 from memplan.units import GIB, KIB, MIB
 
@@ -107,7 +106,11 @@ def device_for(gpu: GpuSpec | None) -> Device:
 
 def runtime_for(gpu: GpuSpec | None) -> Runtime:
     """The constants of `gpu`: from the user's own calibration if there is one; those of the H200 when none is named."""
-    profile = find(gpu.products) if gpu is not None and gpu.products else None
+    if gpu is None or not gpu.products:
+        return _from_tables(gpu)
+    from memplan.profiles import find
+
+    profile = find(gpu.products)
     if profile is None:
         return _from_tables(gpu)
     return replace(
