@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from memplan.report import Report, Row
 
 if TYPE_CHECKING:
     from memplan.calibration.compare import Summary
+    from memplan.calibration.traced_runs import TracedRun
     from memplan.validation import Run, Validation
 
 
@@ -55,6 +57,26 @@ class RunRow(Row):
         )
 
 
+class TracedRunRow(Row):
+    """The components of one run at its allocated peak; measured ones are summed from its allocation trace."""
+
+    file: str
+    case_id: str
+    phase: str
+    measured: dict[str, int]
+    predicted: dict[str, int]
+
+    @classmethod
+    def of(cls, traced: TracedRun) -> Self:
+        return cls(
+            file=traced.run.file,
+            case_id=traced.run.record.case.id,
+            phase=traced.peak.phase,
+            measured={f"{row.component}_bytes": row.measured_bytes for row in traced.rows},
+            predicted={f"{row.component}_bytes": row.predicted_bytes for row in traced.rows},
+        )
+
+
 class ValidationDocument(Report):
     """`memplan validate --json`."""
 
@@ -67,9 +89,11 @@ class ValidationDocument(Report):
     by_stack: dict[str, dict[str, SummaryReport]]
     runs: list[RunRow]
     unpredicted: list[dict[str, str]]
+    components: list[TracedRunRow]
+    """Of the runs with an allocation trace, where they were asked for."""
 
     @classmethod
-    def of(cls, validation: Validation) -> Self:
+    def of(cls, validation: Validation, traced: Sequence[TracedRun] = ()) -> Self:
         comparison = validation.comparison
 
         def grouped(key: str) -> Any:
@@ -85,4 +109,5 @@ class ValidationDocument(Report):
             by_stack=grouped("stack"),
             runs=[RunRow.of(run) for run in validation.runs],
             unpredicted=[{"case_id": u.case_id, "reason": u.reason} for u in comparison.unpredicted],
+            components=[TracedRunRow.of(one) for one in traced],
         )

@@ -106,13 +106,13 @@ def shipped_files() -> list[Path]:
     return sorted(records_dir().glob("*.jsonl"))
 
 
-def validate(paths: Sequence[Path] = (), *, progress: Progress | None = None) -> Validation:
+def validate(paths: Sequence[str | Path] = (), *, progress: Progress | None = None) -> Validation:
     """Predicts every run of the record files at `paths`, of the shipped ones if there are none.
 
     Raises:
         MemplanError: a file that cannot be read, or none at all.
     """
-    files = list(paths) or shipped_files()
+    files = [Path(path) for path in paths] or shipped_files()
     if not files:
         raise MemplanError("there are no records to replay", hints=["give a file that `memplan calibrate` wrote"])
     read = [(path, read_records(path)) for path in files]

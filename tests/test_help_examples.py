@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text(CONFIG)
-    measured = sorted((Path(__file__).parent / "data" / "measured").glob("*.jsonl"))[0]
-    (tmp_path / "my-gpu.jsonl").write_text(measured.read_text())
+    data = Path(__file__).parent / "data"
+    measured = sorted((data / "measured").glob("*.jsonl"))[0]
+    (tmp_path / "my-gpu.jsonl").write_text((data / "traced" / "h200.jsonl").read_text())
+    shutil.copytree(data / "traced" / "h200.jsonl.traces", tmp_path / "my-gpu.jsonl.traces")
     monkeypatch.setattr("memplan.validation.shipped_files", lambda: [measured])  # test_accuracy replays those shipped
     (tmp_path / "train.jsonl").write_text('{"text": "a line to train on"}\n' * 8)
     return tmp_path

@@ -33,8 +33,8 @@ _CPP = (
     (re.compile(r"at::cuda::(?:blas::)?(\w*(?:Workspace|blas|gemm)\w*)", re.IGNORECASE), "cuda.{}"),
 )
 _DULL = ("torch/nn/modules/module.py", "torch/nn/modules/container.py", "torch/utils/_contextlib.py",
-         "torch/_tensor.py", "torch/_compile.py", "torch/_dynamo/", "torch/autograd/", "memplan/calibration/",
-         "runpy.py", "<frozen")  # fmt: skip
+         "torch/_tensor.py", "torch/_compile.py", "torch/_dynamo/", "torch/autograd/", "runpy.py",
+         "<frozen")  # fmt: skip
 _MAX_CPP, _MAX_PYTHON = 4, 7
 
 

@@ -48,7 +48,10 @@ Limit = Annotated[
     typer.Option(metavar="SECONDS", min=1, help="Begin no run after this long.", rich_help_panel=MEASURING),
 ]
 Snapshot = Annotated[
-    bool, typer.Option("--snapshot", metavar="", help="Keep each run's allocation trace.", rich_help_panel=MEASURING)
+    bool,
+    typer.Option(
+        "--snapshot", metavar="", help="Keep allocation traces; compare by component.", rich_help_panel=MEASURING
+    ),
 ]
 Busy = Annotated[
     bool, typer.Option("--busy", metavar="", help="Measure though other processes hold memory.",
@@ -104,7 +107,7 @@ def calibrate(
 
     cases = cases_for(card, model, run, quick=quick, full=full, seed=seed, share=SHARE_THAT_FITS)
     if snapshot:
-        cases = [case.model_copy(update={"snapshot": True}) for case in cases]
+        cases = [case.model_copy(update={"snapshot": True, "snapshot_step": 0}) for case in cases]  # 0: the whole run
     _measure(cases, out, timeout, limit_seconds)
     _report(out)
 
@@ -135,11 +138,20 @@ def _report(out: Path) -> None:
     from memplan import profiles
     from memplan.calibration.profile_of import profile_of
     from memplan.calibration.record import read_records
-    from memplan.cli.validate import validation_lines
+    from memplan.calibration.traced_runs import traced_runs
+    from memplan.cli.validate import component_lines, validation_lines
     from memplan.validation import validate
 
     file = read_records(out)
-    emit(join(validation_lines(validate([out]), "method", 3)))
+    validation = validate([out])
+    emit(join(validation_lines(validation, "method", 3)))
+    try:
+        traced = traced_runs(validation, [out])
+    except MemplanError as error:  # of what was measured nothing is lost
+        emit(f"components are not compared: {error.message}", err=True)
+    else:
+        if traced:
+            emit(join(["", *component_lines(traced, 3)]))
     for record in file.records:
         if record.status not in ("ok", "oom"):
             emit(join(paragraph(f"{record.case.id}: {record.status}: {record.error}")), err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from memplan.units import MIB, exact_percent
 
 if TYPE_CHECKING:
     from memplan.calibration.compare import Summary
+    from memplan.calibration.traced_runs import TracedRun
     from memplan.validation import Validation
 
 EPILOG = """Examples:
@@ -23,8 +24,15 @@ EPILOG = """Examples:
   memplan validate --by family --worst 20
 
   memplan validate my-gpu.jsonl --plot predicted-vs-measured.png
+
+  memplan validate my-gpu.jsonl --components
 """
 
+UNTRACED = "before_the_trace"
+UNTRACED_NOTE = (
+    "before the trace: allocated between the load and the traced step, so without a stack: optimizer states, "
+    "workspaces, inputs, and what the first step makes of the other components"
+)
 KEYS = ("file", "method", "base", "stack", "family")
 Files = Annotated[
     list[Path] | None,
@@ -43,6 +51,15 @@ Plot = Annotated[
         metavar="FILE", help="Draw predicted against measured (png, svg, pdf).", rich_help_panel=options.OUTPUT
     ),
 ]
+Components = Annotated[
+    bool,
+    typer.Option(
+        "--components",
+        metavar="",
+        help="Also compare component by component, where `memplan calibrate --snapshot` kept a trace.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
 
 
 def register(app: typer.Typer, summary: str) -> None:
@@ -54,6 +71,7 @@ def validate(
     by: By = "method",
     worst: Worst = 3,
     plot: Plot = None,
+    components: Components = False,
     as_json: options.Json = False,
 ) -> None:
     """Replays measured training steps: what memplan predicts for each, and how far off it is.
@@ -70,6 +88,7 @@ def validate(
         validation = validate_files(files or (), progress=progress)
     if not validation.runs and not validation.comparison.unpredicted:
         raise MemplanError("no run in these files has finished", hints=["`memplan calibrate` measures some"])
+    traced = traced_of(files or (), validation) if components else []
     if plot is not None:
         from memplan.plot import predicted_against_measured, save
 
@@ -78,9 +97,44 @@ def validate(
     if as_json:
         from memplan.report_validation import ValidationDocument
 
-        emit(ValidationDocument.of(validation).model_dump_json(indent=2))
+        emit(ValidationDocument.of(validation, traced).model_dump_json(indent=2))
         return
     emit(join(validation_lines(validation, by, worst)))
+    if traced:
+        emit(join(["", *component_lines(traced, worst)]))
+
+
+def traced_of(files: Sequence[Path], validation: Validation) -> list[TracedRun]:
+    from memplan.calibration.traced_runs import traced_runs, traces_of
+    from memplan.errors import MemplanError
+
+    traced = traced_runs(validation, files)
+    if not traced:
+        hints = ["`memplan calibrate --snapshot` keeps the allocation trace of every run it measures"]
+        if not files:
+            raise MemplanError("the records shipped with memplan come without allocation traces", hints=hints)
+        folders = " or ".join(f"`{traces_of(path)}`" for path in files)
+        raise MemplanError(f"there is no trace of these runs in {folders}", hints=hints)
+    return traced
+
+
+def component_lines(traced: Sequence[TracedRun], count: int) -> Iterator[str]:
+    """How many runs have every component as predicted, and the `count` runs that are furthest off, in full."""
+    equal = sum(not one.misplaced_bytes for one in traced)
+    yield heading("components at the allocated peak", "MiB, predicted and as traced")
+    yield f"every component to the byte: {equal} of {len(traced)} traced runs"
+    for one in sorted(traced, key=lambda one: -one.misplaced_bytes)[: max(count, 1)]:
+        yield ""
+        yield f"  {one.run.record.case.id}  {dim('peak in ' + one.peak.phase)}"
+        rows = [tuple(dim(word) for word in ("", "predicted", "traced", "difference"))]
+        for row in one.rows:
+            off = f"{row.difference_bytes:+,} B" if row.difference_bytes else ""
+            sizes = (f"{num_bytes / MIB:,.2f}" for num_bytes in (row.predicted_bytes, row.measured_bytes))
+            rows.append((row.component.replace("_", " "), *sizes, off))
+        yield from columns(rows, "lrrr", indent=4)
+    if any(row.component == UNTRACED for one in traced for row in one.rows):
+        yield ""
+        yield from (dim(line) for line in paragraph(UNTRACED_NOTE))
 
 
 def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[str]:

@@ -152,7 +152,16 @@ class Composer:
                 )
             layers.append(made[key])
             stream = Stream(*made[key].out, made[key].out_requires_grad)
-        return Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
+        pieces = Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
+        for index, slot in enumerate(shared_slots):
+            if self._life_of_shared(pieces, index) != "forward":  # kept for backward, by layers that only borrow it
+                embedding.kinds[slot] = "activations"
+        if all(piece.x_dies != "backward" for piece in (*layers, pieces.head.segment)) and not embedding.holds_out:
+            for piece in (embedding, *layers):  # hidden states between pieces, which no backward needs
+                piece.kinds[piece.out_slot] = "temporaries"
+            for piece in (*layers, pieces.head.segment):
+                piece.kinds[PORT_X] = "temporaries"
+        return pieces
 
     def _load(self, held: Resident) -> None:
         program, loading = self.program, held.loading

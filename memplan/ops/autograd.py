@@ -35,12 +35,15 @@ class Node:
     """One backward function: where its outputs go, what it saved, and the sizes it needs."""
 
     __slots__ = (
-        "backward", "buffer", "edges", "kept", "leaf", "likes", "machine", "meta", "missing", "needs", "order", "saved"
+        "backward", "buffer", "edges", "kept", "kind", "leaf", "likes", "machine", "meta", "missing", "needs", "order",
+        "saved",
     )  # fmt: skip
 
     def __init__(self, machine: Machine, backward: Backward, edges: list[tuple[Node, int] | None]) -> None:
         self.machine = machine
         self.backward = backward
+        self.kind = machine.kind
+        """What its backward allocates is for what its forward was for."""
         self.edges = edges
         self.saved: tuple[Any, ...] = ()
         self.likes: list[tuple[Shape, DType]] = []
@@ -79,7 +82,11 @@ def accumulator_of(leaf: Tensor) -> Node:
     node = Node(leaf.machine, _accumulate_grad, [])
     node.order = _FIRST
     # A parameter outlives the step; another leaf (embeddings made to require grad) is kept by its accumulator.
-    node.leaf = leaf if isinstance(leaf, Parameter) else leaf.detach()
+    if isinstance(leaf, Parameter):
+        node.leaf = leaf
+    else:
+        node.leaf = leaf.detach()
+        leaf.storage.mark("activations")
     node.likes.append((leaf.shape, leaf.dtype))
     return node
 
@@ -168,8 +175,9 @@ def run_backward(root: Tensor, grads_in: list[Tensor]) -> None:
         grads = node.buffer
         assert grads is not None
         node.buffer = None
-        outputs = list(node.backward(node, grads))
-        _validate(node, outputs)
+        with node.machine.allocating(node.kind):
+            outputs = list(node.backward(node, grads))
+            _validate(node, outputs)
         del grads
         node.release()
         for index, next_edge in enumerate(node.edges):

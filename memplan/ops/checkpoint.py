@@ -121,6 +121,9 @@ def _reentrant_backward(node: Node, grads: GradList) -> Grads:
     grad_was, m.grad_enabled = m.grad_enabled, True
     result = forward(x)
     m.cast_cache, m.grad_enabled = before, grad_was
+    for output in result if isinstance(result, tuple) else (result,):
+        if output is not None:
+            output.storage.mark("activations")  # held until the layer's backward is over
     if not isinstance(result, tuple):
         run_backward(result, [incoming(grads)])
     else:
