@@ -9,7 +9,7 @@ from memplan.report import Report, Row
 
 if TYPE_CHECKING:
     from memplan.calibration.compare import Summary
-    from memplan.calibration.traced_runs import TracedRun
+    from memplan.traced_runs import TracedRun
     from memplan.validation import Run, Validation
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from memplan.calibration.components import UNTRACED, traced_peak
 from memplan.calibration.trace import Event, Part, read_trace, write_trace
-from memplan.calibration.traced_runs import TracedRun, traced_runs, traces_of
 from memplan.errors import MemplanError
+from memplan.traced_runs import TracedRun, traced_runs, traces_of
 from memplan.validation import validate
 
 RECORDS = Path(__file__).parent / "data" / "traced" / "h200.jsonl"

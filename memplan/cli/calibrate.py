@@ -138,8 +138,8 @@ def _report(out: Path) -> None:
     from memplan import profiles
     from memplan.calibration.profile_of import profile_of
     from memplan.calibration.record import read_records
-    from memplan.calibration.traced_runs import traced_runs
     from memplan.cli.validate import component_lines, validation_lines
+    from memplan.traced_runs import traced_runs
     from memplan.validation import validate
 
     file = read_records(out)

@@ -14,7 +14,7 @@ from memplan.units import MIB, exact_percent
 
 if TYPE_CHECKING:
     from memplan.calibration.compare import Summary
-    from memplan.calibration.traced_runs import TracedRun
+    from memplan.traced_runs import TracedRun
     from memplan.validation import Validation
 
 EPILOG = """Examples:
@@ -105,8 +105,8 @@ def validate(
 
 
 def traced_of(files: Sequence[Path], validation: Validation) -> list[TracedRun]:
-    from memplan.calibration.traced_runs import traced_runs, traces_of
     from memplan.errors import MemplanError
+    from memplan.traced_runs import traced_runs, traces_of
 
     traced = traced_runs(validation, files)
     if not traced:
