@@ -18,7 +18,6 @@ from memplan.estimate import Estimate
 from memplan.memory.allocator import OutOfMemory
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.simulate import simulate
-from memplan.train_config import TrainConfig
 from memplan.units import MIB
 
 LARGE_RUN_BYTES = 2048 * MIB
@@ -32,8 +31,8 @@ def _measured() -> dict[str, Any]:
     return found
 
 
-def band(config: TrainConfig, num_bytes: int) -> int:
-    """Bytes that a run like `config` of about `num_bytes` of tensors may take beyond its prediction."""
+def band(num_bytes: int) -> int:
+    """Bytes that a run of about `num_bytes` of tensors may take beyond its prediction."""
     measured = _measured()
     share = measured["share_of_large_runs"]
     return max(int(num_bytes * share), int(measured["bytes_of_small_runs"]))

@@ -14,30 +14,27 @@ from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.simulate import simulate
 from memplan.model_spec import ModelSpec
 from memplan.residuals import band, excess_at_limit, excess_bytes, measured_excess
-from memplan.train_config import TrainConfig
 from memplan.validation import Validation, gpu_of, records_dir, validate
 
 
-def limit_runs() -> list[tuple[str, str, int, TrainConfig, Estimate]]:
-    """id, status, limit, config and estimate of the runs at the edge of smaller cards."""
+def limit_runs() -> list[tuple[str, str, int, Estimate]]:
+    """id, status, limit and estimate of the runs at the edge of smaller cards."""
     file = read_records(records_dir() / "h200-limits.jsonl")
-    found: list[tuple[str, str, int, TrainConfig, Estimate]] = []
+    found: list[tuple[str, str, int, Estimate]] = []
     for record in file.records:
         config = record.case.train_config()
         made = Estimate(ModelSpec.from_hf_config(record.case.hf_config), config, gpu_of(file))
         assert record.case.memory_limit_bytes is not None
-        found.append((record.case.id, record.status, record.case.memory_limit_bytes, config, made))
+        found.append((record.case.id, record.status, record.case.memory_limit_bytes, made))
     return found
 
 
 @pytest.fixture(scope="module")
-def at_limits() -> list[tuple[str, str, int, TrainConfig, Estimate]]:
+def at_limits() -> list[tuple[str, str, int, Estimate]]:
     return limit_runs()
 
 
-def excesses(
-    validation: Validation, at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]
-) -> list[tuple[int, int]]:
+def excesses(validation: Validation, at_limits: list[tuple[str, str, int, Estimate]]) -> list[tuple[int, int]]:
     found = []
     for run in validation.runs:
         allocated, reserved = run.row("allocated"), run.row("reserved")
@@ -45,13 +42,13 @@ def excesses(
         made = run.estimate
         excess = excess_bytes(made, allocated.measured_bytes, reserved.measured_bytes if reserved else None)
         found.append((made.tensor_bytes, excess))
-    for _, status, limit, _, made in at_limits:
+    for _, status, limit, made in at_limits:
         if status == "oom":
             found.append((made.tensor_bytes, excess_at_limit(made, limit)))
     return found
 
 
-def test_no_record_exceeds_the_band(at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]) -> None:
+def test_no_record_exceeds_the_band(at_limits: list[tuple[str, str, int, Estimate]]) -> None:
     """The band may be wider: it is not narrowed when a correction is found from the very runs that set it."""
     text = resources.files("memplan").joinpath("data/residuals.json").read_text(encoding="utf-8")
     band_, measured = json.loads(text), measured_excess(excesses(validate(), at_limits))
@@ -59,16 +56,16 @@ def test_no_record_exceeds_the_band(at_limits: list[tuple[str, str, int, TrainCo
     assert band_["share_of_large_runs"] >= measured["share_of_large_runs"]
 
 
-def test_no_run_that_ran_out_is_said_to_fit(at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]) -> None:
+def test_no_run_that_ran_out_is_said_to_fit(at_limits: list[tuple[str, str, int, Estimate]]) -> None:
     """Runs at the largest micro-batch that memplan lets through without a band, and one beyond: 8 to 80 GB."""
     assert {status for _, status, *_ in at_limits} == {"ok", "oom"}
-    for case_id, status, limit, config, made in at_limits:
+    for case_id, status, limit, made in at_limits:
         if status == "oom":
-            assert not gets_through(made, limit - band(config, made.tensor_bytes)), case_id
+            assert not gets_through(made, limit - band(made.tensor_bytes)), case_id
 
 
-def test_most_edges_are_found_to_the_batch(at_limits: list[tuple[str, str, int, TrainConfig, Estimate]]) -> None:
-    right = [gets_through(made, limit) == (status == "ok") for _, status, limit, _, made in at_limits]
+def test_most_edges_are_found_to_the_batch(at_limits: list[tuple[str, str, int, Estimate]]) -> None:
+    right = [gets_through(made, limit) == (status == "ok") for _, status, limit, made in at_limits]
     assert sum(right) >= len(right) - 2, f"{sum(right)} of {len(right)}"
 
 
