@@ -19,13 +19,18 @@ def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
+def in_one_line(text: str) -> str:
+    """`text` with what would break the line, or move the cursor, written as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class MemplanError(ValueError):
     """A mistake in the input, said in one line, with what to do about it in `hints`."""
 
     def __init__(self, message: str, *, hints: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hints = tuple(hints)
+        self.message = in_one_line(message)
+        self.hints = tuple(in_one_line(hint) for hint in hints)
+        super().__init__(self.message)
 
 
 class UnknownNameError(MemplanError):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from memplan.calibration.compare import Row
-from memplan.validation import Run, Validation, shipped_files, validate
+from memplan.validation import Run, Validation, shipped_files
+from tests.shipped_records import shipped
 
 FILES = {"h200-before-freeze", "h200-drawn", "h200-limits", "h200-real"}
 MOE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"}
@@ -15,7 +16,7 @@ MOE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "
 
 @pytest.fixture(scope="module")
 def validation() -> Validation:
-    return validate()
+    return shipped()
 
 
 def is_int8(run: Run) -> bool:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from memplan import Validation, validate
+from memplan import Validation
 from memplan.cli import app
 from tests.printed import agree
+from tests.shipped_records import shipped
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -137,7 +138,7 @@ def test_errors_of_time_are_those_of_the_fit() -> None:
 
 @pytest.fixture(scope="module")
 def validation() -> Validation:
-    return validate()
+    return shipped()
 
 
 def test_the_table_of_errors_is_what_a_replay_gives(validation: Validation) -> None:
