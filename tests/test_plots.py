@@ -232,8 +232,17 @@ def test_calibrate_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], mon
     err = capsys.readouterr().err
     assert err.startswith("error: no NVIDIA GPU found\n")
     assert "memplan validate" in err and "--gpu" not in err
-    for arguments in (["--quick", "--full"], ["--rank", "8"], [MODEL, "--full"]):
-        assert app.run(["calibrate", *arguments]) == 2
+    wrong = {
+        "three ways": [["--quick", "--full"], [MODEL, "--full"], ["--model", MODEL, "--quick"]],
+        "need the MODEL": [["--rank", "8"]],
+        "two models": [[MODEL, "--model", "gpt2"]],
+        "no NVIDIA GPU": [[MODEL], ["--model", MODEL, "--method", "lora"], [MODEL, "--model", MODEL]],
+    }
+    for words, lines in wrong.items():
+        for arguments in lines:
+            assert app.run(["calibrate", *arguments]) == 2
+            err = capsys.readouterr().err
+            assert words in err and "\nhint: " in err
 
 
 def test_a_run_of_ones_own_has_an_id_of_its_own(tmp_path: Path) -> None:

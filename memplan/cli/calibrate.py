@@ -26,8 +26,13 @@ EPILOG = """Examples:
 MEASURING = "Measuring"
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="Measure exactly this model and run; a set of runs unless given.",
+    typer.Argument(metavar="MODEL", help="Measure exactly this model and run; a set of runs unless given.",
                    autocompletion=options.complete_models, show_default=False),
+]  # fmt: skip
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="The same, as an option.", autocompletion=options.complete_models,
+                 rich_help_panel=MEASURING, show_default=False),
 ]  # fmt: skip
 Quick = Annotated[
     bool, typer.Option("--quick", metavar="", help="About a minute; any GPU of 8 GB.", rich_help_panel=MEASURING)
@@ -70,6 +75,7 @@ def register(app: typer.Typer, summary: str) -> None:
 def calibrate(
     model: Model = None,
     run: dict[str, Any] | None = None,
+    model_option: ModelOption = None,
     quick: Quick = False,
     full: Full = False,
     seed: Seed = 0,
@@ -81,16 +87,20 @@ def calibrate(
 ) -> None:
     """Runs real short training steps on this machine's GPU and compares them with their predictions.
 
-    Models have random weights and nothing is downloaded. Finished runs are kept whatever happens to the rest;
-    the constants of this GPU, of memory and of time, go into a profile that later estimates use.
+    Models have random weights and nothing is downloaded. Finished runs are
+    kept whatever happens to the rest. The constants of this GPU, of memory and
+    of time, go into a profile that later estimates use.
     """
     from memplan import gpus
 
     run = run or {}
+    if model is not None and model_option is not None and model != model_option:
+        raise MemplanError(f"two models: `{model}` and `--model {model_option}`", hints=["give one"])
+    model = model_option if model is None else model
     if quick + full + (model is not None) > 1:
         raise MemplanError("`--quick`, `--full` and a MODEL are three ways to say what to run", hints=["give one"])
     if run and model is None:
-        raise MemplanError("options of a run need the MODEL to run")
+        raise MemplanError("options of a run need the MODEL to run", hints=["`memplan calibrate MODEL --method lora`"])
     try:
         card = gpus.detect()
     except MemplanError as error:
