@@ -122,9 +122,10 @@ def validate(paths: Sequence[str | Path] = (), *, progress: Progress | None = No
     done = 0
     for path, file in read:
         gpu = gpu_of(file)
+        capacity_bytes = file.environment.gpu_total_bytes if file.environment else None
         for record in file.records:
             predictor = _Predictor(gpu)
-            one = compare([record], predictor)
+            one = compare([record], predictor, capacity_bytes=capacity_bytes)
             comparisons.append(one)
             if one.rows:
                 assert predictor.made is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from memplan import estimate, gpus, plot
 from memplan.calibration.choose import cases_for
 from memplan.cli import app
+from memplan.cli.validate import row_lines
 from memplan.errors import MemplanError
 from memplan.gpus import DetectedGpu
 from memplan.plot import areas
@@ -221,6 +223,34 @@ def test_files_without_a_finished_run_are_bad_input(tmp_path: Path, capsys: pyte
     for arguments in ([str(empty)], [str(broken)], [str(tmp_path / "none.jsonl")], ["--by", "colour"]):
         assert app.run(["validate", *arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_run_that_exceeded_the_card_is_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a limit of its own it is held against what the card has."""
+    path = tmp_path / "mine.jsonl"
+    config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}
+    out = {"phase": "forward", "step": 1, "tried_bytes": 1, "allocated_bytes": 1, "reserved_bytes": 1}
+    record = {"case": {"id": "big", "hf_config": config, "config": {"method": "full"}}, "status": "oom", "oom": out}
+    header = {"environment": {"gpu": "NVIDIA GeForce RTX 4090", "gpu_total_bytes": 24 * 2**30}}
+    path.write_text(json.dumps(header) + "\n" + json.dumps(record) + "\n")
+    assert app.run(["validate", str(path)]) == 0
+    assert "1 verdict at a limit of memory, 0 false fits" in capsys.readouterr().out
+    (verdict,) = validate([str(path)]).comparison.verdicts
+    assert (verdict.ran, verdict.predicted_fits, verdict.limit_bytes) == (False, False, 24 * 2**30)
+    lines = "\n".join(row_lines(validate([path])))
+    assert re.search(r"big\n    predicted [\d.]+ of 24\.000: does not fit, measured: does not fit", lines)
+
+
+def test_calibrate_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = sorted((Path(__file__).parent / "data" / "measured").glob("*.jsonl"))
+    validation = validate(measured)
+    text = "\n".join(row_lines(validation))
+    for run in validation.runs:
+        assert f"  {run.record.case.id}\n" in text
+    assert len(re.findall(r"^    (?:allocated|reserved|process) ", text, re.MULTILINE)) == len(
+        validation.comparison.rows
+    )
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("    "))
 
 
 def test_calibrate_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,13 +148,13 @@ def _report(out: Path) -> None:
     from memplan import profiles
     from memplan.calibration.profile_of import profile_of
     from memplan.calibration.record import read_records
-    from memplan.cli.validate import component_lines, validation_lines
+    from memplan.cli.validate import component_lines, row_lines, validation_lines
     from memplan.traced_runs import traced_runs
     from memplan.validation import validate
 
     file = read_records(out)
     validation = validate([out])
-    emit(join(validation_lines(validation, "method", 3)))
+    emit(join([*row_lines(validation), "", *validation_lines(validation, "method", 3)]))
     try:
         traced = traced_runs(validation, [out])
     except MemplanError as error:  # of what was measured nothing is lost

@@ -10,7 +10,7 @@ import typer
 
 from memplan.cli import options
 from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph
-from memplan.units import MIB, exact_percent
+from memplan.units import GIB, MIB, exact_percent
 
 if TYPE_CHECKING:
     from memplan.calibration.compare import Summary
@@ -86,7 +86,8 @@ def validate(
         raise UnknownNameError("key", by, KEYS)
     with counted("replaying") as progress:
         validation = validate_files(files or (), progress=progress)
-    if not validation.runs and not validation.comparison.unpredicted:
+    comparison = validation.comparison
+    if not (validation.runs or comparison.verdicts or comparison.unpredicted):
         raise MemplanError("no run in these files has finished", hints=["`memplan calibrate` measures some"])
     traced = traced_of(files or (), validation) if components else []
     if plot is not None:
@@ -164,9 +165,28 @@ def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[st
     if comparison.verdicts:
         false_fits = sum(v.is_false_fit for v in comparison.verdicts)
         yield ""
-        yield f"{len(comparison.verdicts)} verdicts under a memory limit, {false_fits} false fits"
+        verdicts, fits = "s" * (len(comparison.verdicts) != 1), "s" * (false_fits != 1)
+        yield f"{len(comparison.verdicts)} verdict{verdicts} at a limit of memory, {false_fits} false fit{fits}"
     for unpredicted in comparison.unpredicted:
         yield from (dim(line) for line in paragraph(f"not predicted: {unpredicted.case_id}: {unpredicted.reason}"))
+
+
+def row_lines(validation: Validation) -> Iterator[str]:
+    """Every run: predicted and measured in each tier, and whether those that ran out of memory were told to."""
+    yield heading("every run", "GiB, predicted and measured")
+    for run in validation.runs:
+        yield f"  {run.record.case.id}"
+        rows = []
+        for row in run.rows:
+            sizes = (f"{num_bytes / GIB:,.3f}" for num_bytes in (row.predicted_bytes, row.measured_bytes))
+            off = (row.predicted_bytes - row.measured_bytes) / MIB
+            rows.append((row.tier, *sizes, exact_percent(row.error, 2, sign="+"), f"{off:+,.1f} MiB"))
+        yield from columns(rows, "lrrrr", indent=4)
+    for verdict in validation.comparison.verdicts:
+        yield f"  {verdict.case_id}"
+        said, was = ("fits" if yes else "does not fit" for yes in (verdict.predicted_fits, verdict.ran))
+        sizes = (f"{num_bytes / GIB:,.3f}" for num_bytes in (verdict.predicted_bytes, verdict.limit_bytes))
+        yield "    predicted {} of {}: {}, measured: {}".format(*sizes, said, was)
 
 
 _HEAD = tuple(dim(word) for word in ("", "runs", "mean", "median", "worst", "bias", "low"))
