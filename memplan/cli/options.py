@@ -156,7 +156,7 @@ RUN_OPTIONS: dict[str, Any] = dict(
         ),
         _given(BATCH, "seq_len", int, "N", "Tokens per sequence (max_length).", short="-s"),
         _given(BATCH, "gradient_accumulation_steps", int, "N", "Passes per optimizer step.", default="1"),
-        _flag(BATCH, "padding", "Sequences of unequal length, so that attention gets a mask."),
+        _flag(BATCH, "padding", "Sequences of unequal length, so that attention gets a mask (attention_mask)."),
         _flag(SAVERS, "gradient_checkpointing", "Keep each layer's input and recompute the rest."),
         _flag(SAVERS, "no_gradient_checkpointing", "Keep all that layers save for backward."),
         _flag(SAVERS, "reentrant", "The older variant of checkpointing (use_reentrant)."),
@@ -175,7 +175,13 @@ RUN_OPTIONS: dict[str, Any] = dict(
         _given(
             PRECISION, "weight_dtype", FloatName, "DTYPE", "fp32, bf16 or fp16: in which the model is loaded (dtype)."
         ),
-        _given(PRECISION, "adapter_dtype", FloatName, "DTYPE", "fp32, bf16 or fp16: of the adapters."),
+        _given(
+            PRECISION,
+            "adapter_dtype",
+            FloatName,
+            "DTYPE",
+            "fp32, bf16 or fp16: of the adapters (fp32 is PEFT's autocast_adapter_dtype).",
+        ),
         _flag(PRECISION, "autocast", "Forward under bf16 autocast (bf16)."),
         _flag(PRECISION, "no_autocast", "Forward in the dtype of the weights."),
         _given(

@@ -45,7 +45,13 @@ def plan(
         ),
     ] = 16,
     methods: Annotated[
-        str, typer.Option(metavar="NAMES", help="Methods to choose from.", rich_help_panel=options.METHOD)
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Methods to choose from.",
+            rich_help_panel=options.METHOD,
+            autocompletion=options.listed(options.complete_methods),
+        ),
     ] = "full,lora,qlora",
     gpus: Annotated[
         str | None,
@@ -53,6 +59,7 @@ def plan(
             metavar="NAMES",
             help="GPUs to choose from; all with a price unless told.",
             rich_help_panel=options.DEVICE,
+            autocompletion=options.listed(options.complete_gpus),
             show_default=False,
         ),
     ] = None,
