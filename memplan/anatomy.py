@@ -8,7 +8,7 @@ from memplan.architectures import decoder_for
 from memplan.architectures.builder import Weight
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate
-from memplan.memory.program import Composer
+from memplan.memory.composer import Composer
 from memplan.memory.segment import PORT_X, Segment
 from memplan.model_spec import ModelSpec
 from memplan.prequantized import storage_fields, storage_warnings, told

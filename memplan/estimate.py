@@ -20,8 +20,9 @@ from memplan.architectures.peft_names import name_warnings
 from memplan.gpus import GpuSpec
 from memplan.memory.allocator import OutOfMemory
 from memplan.memory.allocator_config import AllocatorConfig
+from memplan.memory.composer import Composer
 from memplan.memory.ledger import Ledger, fold
-from memplan.memory.program import Composer, Program
+from memplan.memory.program import Program
 from memplan.memory.runtime import Runtime, device_for, runtime_for
 from memplan.memory.simulate import Simulation, simulate
 from memplan.model_spec import ModelSpec

@@ -23,8 +23,9 @@ from memplan.cost import Interval, amount_of, bounds
 from memplan.errors import MemplanError
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
+from memplan.memory.composer import Composer
 from memplan.memory.ledger import peak_of
-from memplan.memory.program import Composer, Program
+from memplan.memory.program import Program
 from memplan.memory.runtime import device_for, runtime_for
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import Device

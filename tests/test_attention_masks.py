@@ -8,8 +8,8 @@ import pytest
 
 from memplan.architectures import decoder_for
 from memplan.dtypes import DType
+from memplan.memory.composer import Composer
 from memplan.memory.ledger import fold
-from memplan.memory.program import Composer
 from memplan.model_spec import ModelSpec
 from memplan.ops.cudnn import backward_workspace_bytes
 from memplan.ops.tensor import Machine

@@ -8,7 +8,7 @@ import pytest
 
 from memplan.architectures import decoder_for
 from memplan.errors import MemplanError
-from memplan.memory.program import Composer
+from memplan.memory.composer import Composer
 from memplan.memory.simulate import simulate
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig

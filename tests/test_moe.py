@@ -8,8 +8,9 @@ import pytest
 
 from memplan.architectures import decoder_for
 from memplan.errors import MemplanError
+from memplan.memory.composer import Composer
 from memplan.memory.ledger import fold
-from memplan.memory.program import Composer, Program
+from memplan.memory.program import Program
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import HOPPER
 from memplan.train_config import TrainConfig

@@ -7,8 +7,9 @@ import pytest
 from memplan.architectures import FAMILIES, decoder_for
 from memplan.errors import MemplanError
 from memplan.estimate import estimate
+from memplan.memory.composer import Composer
 from memplan.memory.ledger import fold, peak_of
-from memplan.memory.program import Composer, Program
+from memplan.memory.program import Program
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 
@@ -80,7 +81,7 @@ def test_micro_steps_beyond_those_played_change_nothing(
     assert (
         len(some.program.plays) < len(estimate(spec, **fields | {"gradient_accumulation_steps": 128}).program.plays) + 9
     )
-    monkeypatch.setattr("memplan.memory.program.MAX_MICRO_STEPS", 10**9)
+    monkeypatch.setattr("memplan.memory.composer.MAX_MICRO_STEPS", 10**9)
     every = estimate(spec, **fields)
     assert len(every.program.plays) > 2 * len(some.program.plays)
     assert (some.components, some.phases, some.reserved_bytes) == (every.components, every.phases, every.reserved_bytes)

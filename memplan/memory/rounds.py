@@ -7,23 +7,9 @@ tests/test_rounds.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
+from memplan.memory.allocator import CachingAllocator
 from memplan.memory.allocator_replay import Slots
-
-if TYPE_CHECKING:
-    from memplan.memory.allocator import CachingAllocator
-    from memplan.memory.program import Program
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """The plays [begin, end) of one micro-step; `first_frame` is the first of its own frames."""
-
-    begin: int
-    end: int
-    first_frame: int
+from memplan.memory.program import Program, Round
 
 
 class Skipper:

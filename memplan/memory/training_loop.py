@@ -8,13 +8,9 @@ next step replaces them, `_tr_loss` throughout.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from memplan.memory.program import Program
 from memplan.ops.tensor import BLOCK_BYTES, Tape, round_block
 from memplan.train_config import TrainConfig
-
-if TYPE_CHECKING:
-    from memplan.memory.program import Program
 
 Place = tuple[int, int]
 """(frame, slot)"""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from memplan.architectures import decoder_for
+from memplan.memory.composer import Composer
 from memplan.memory.ledger import Ledger, PhasePeak, fold
-from memplan.memory.program import Composer
 from memplan.model_spec import ModelSpec
 from memplan.ops.device import FAKE_CPU
 from memplan.train_config import TrainConfig

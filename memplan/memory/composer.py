@@ -1,0 +1,267 @@
+"""Composes the recorded pieces into a run: load, then steps of forward, backward, clip, optimizer, zero_grad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memplan.architectures.decoder import Decoder
+from memplan.memory.optimizers import Plan
+from memplan.memory.program import EMPTY_CACHE, Link, Program, Round
+from memplan.memory.record import Stream, record_embedding, record_layer
+from memplan.memory.record_head import Head, record_head
+from memplan.memory.resident import Resident, resident
+from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
+from memplan.memory.training_loop import TrainingLoop
+from memplan.ops.tensor import Tape
+
+BLASLT_WORKSPACE_BYTES = 2**20
+"""`parseCUDABlasLtWorkspaceSize`, torch 2.11 aten/src/ATen/cuda/CublasHandlePool.cpp; seen on an H200, one a thread."""
+
+MAX_MICRO_STEPS = 128
+"""Micro-steps of a step that are played; all batches are counted. From the second on they are alike to the ledger, and
+long before the last of these the caching allocator repeats itself (rounds.py)."""
+
+
+@dataclass
+class Pieces:
+    """The recordings of one kind of micro-step."""
+
+    embedding: Segment
+    shared_slots: list[int]
+    layers: list[Segment]
+    head: Head
+
+
+class Composer:
+    """Builds the program of one run."""
+
+    def __init__(self, decoder: Decoder, *, workspace_bytes: int, num_steps: int = 3) -> None:
+        self.decoder = decoder
+        self.config = decoder.config
+        self.workspace_bytes = workspace_bytes
+        self.num_steps = num_steps
+        self.program = Program()
+        self.workspaces: set[tuple[str, str]] = set()
+        """Thread and library of those taken: each keeps its own from its first product on."""
+        self.settles: tuple[int, Tape] = 0, []
+        self.loop = TrainingLoop(self.program, self.config)
+
+    def compose(self) -> Program:
+        first = self.record(accumulating=False)
+        again = self.record(accumulating=True) if self.config.gradient_accumulation_steps > 1 else first
+        held = resident(
+            first.embedding,
+            first.layers,
+            first.head.segment,
+            self.config,
+            self.decoder.device,
+            layer_prefix=self.decoder.layer_prefix,
+            workspace_bytes=self.workspace_bytes,
+        )
+        plan = held.plan
+        self.program.attentions = [layer.attention for layer in first.layers]
+        self._load(held)
+        optimizer = self._make_optimizer(held)
+        for step in range(self.num_steps):
+            self.loop.begin_step(step)
+            gradients: list[tuple[int, list[tuple[str, int]]]] = []
+            for micro in range(min(self.config.gradient_accumulation_steps, MAX_MICRO_STEPS)):
+                begin, first_frame = len(self.program.plays), len(self.program.frames)
+                made = self._micro_step(step, again if micro else first)
+                self.program.rounds.append(Round(begin, len(self.program.plays), first_frame))
+                if micro == 0:
+                    gradients = made
+            self._update(step, plan, gradients, optimizer)
+        return self.program
+
+    def record(self, *, accumulating: bool) -> Pieces:
+        decoder, spec = self.decoder, self.decoder.spec
+        embedding, shared_slots = record_embedding(decoder, accumulating=accumulating)
+        stream = Stream(*embedding.out, embedding.out_requires_grad, is_leaf=embedding.holds_out)
+        made: dict[tuple[str, Stream, bool], Segment] = {}
+        shared_dtype = embedding.shared_dtype
+        layers = []
+        for index in range(spec.num_hidden_layers):
+            keeps_x = index == 0 and embedding.keeps_out
+            key = decoder.layer_kind(index), stream, keeps_x
+            if key not in made:
+                made[key] = record_layer(
+                    decoder, key[0], stream, shared_dtype, keeps_x=keeps_x, accumulating=accumulating
+                )
+            layers.append(made[key])
+            stream = Stream(*made[key].out, made[key].out_requires_grad)
+        pieces = Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
+        for index, slot in enumerate(shared_slots):
+            if self._life_of_shared(pieces, index) != "forward":  # kept for backward, by layers that only borrow it
+                embedding.kinds[slot] = "activations"
+        if all(piece.x_dies != "backward" for piece in (*layers, pieces.head.segment)) and not embedding.holds_out:
+            for piece in (embedding, *layers):  # hidden states between pieces, which no backward needs
+                piece.kinds[piece.out_slot] = "temporaries"
+            for piece in (*layers, pieces.head.segment):
+                piece.kinds[PORT_X] = "temporaries"
+        return pieces
+
+    def _load(self, held: Resident) -> None:
+        program, loading = self.program, held.loading
+        program.weights = held.weights
+        if self.config.use_dora:
+            self.workspaces.add(("forward", "cublas"))
+        frame = program.frame(loading.kinds, held.loading_sizes)
+        program.play("load", 0, frame, loading.base)
+        program.play("prepare", 0, frame, loading.casts)
+        if loading.empties_cache:
+            program.play("prepare", 0, frame, EMPTY_CACHE)
+        program.play("prepare", 0, frame, loading.adapters)
+        self.settles = frame, loading.settles
+
+    def _play(
+        self,
+        phase: str,
+        step: int,
+        frame: int,
+        segment: Segment,
+        tape: Tape,
+        links: Iterable[Link] = (),
+        between: Iterable[tuple[int, int, Tape]] = (),
+    ) -> None:
+        """Plays one of `segment`'s tapes; where a thread calls a library for the first time, its workspace comes in.
+
+        `between`: position, frame and tape of other plays in between.
+        """
+        thread = "backward" if phase == "backward" else "forward"
+        inserts = list(between)
+        for library, used, at in segment.first_calls:
+            if used is not tape or not self.workspace_bytes or (thread, library) in self.workspaces:
+                continue
+            self.workspaces.add((thread, library))
+            workspace: Tape = [(0, self.workspace_bytes if library == "cublas" else BLASLT_WORKSPACE_BYTES)]
+            inserts.append((at, self.program.frame_for(workspace, "workspaces"), workspace))
+        begin = 0
+        for at, other, inserted in sorted(inserts, key=lambda insert: insert[0]):
+            if at > begin:
+                self.program.play(phase, step, frame, tape[begin:at], links if begin == 0 else ())
+                begin = at
+            self.program.play(phase, step, other, inserted)
+        self.program.play(phase, step, frame, tape[begin:] if begin else tape, links if begin == 0 else ())
+
+    def _micro_step(self, step: int, pieces: Pieces) -> list[tuple[int, list[tuple[str, int]]]]:
+        program = self.program
+        embedding, layers, head = pieces.embedding, pieces.layers, pieces.head
+        e = program.frame_of(embedding)
+        if self.settles[1]:
+            program.play("forward", step, *self.settles)
+            self.settles = 0, []
+        self._play("forward", step, e, embedding, embedding.forward)
+        before, slot = e, embedding.out_slot
+        frames: list[int] = []
+        for layer in layers:
+            f = program.frame_of(layer)
+            self._play("forward", step, f, layer, layer.forward, [(f, PORT_X, before, slot)])
+            if frames:
+                program.play("forward", step, before, layers[len(frames) - 1].after_next)
+            frames.append(f)
+            before, slot = f, layer.out_slot
+        h = program.frame_of(head.segment)
+        program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)])
+        # The model's forward returns: its locals go.
+        program.play("forward", step, before, layers[-1].after_next)
+        program.play("forward", step, e, embedding.after_model)
+        lives = [self._life_of_shared(pieces, i) for i in range(len(pieces.shared_slots))]
+        frees_shared: dict[str, Tape] = {
+            end: [(s, 0) for s, life in zip(pieces.shared_slots, lives, strict=True) if life == end]
+            for end in ("forward", "layers", "positional")
+        }
+        program.play("forward", step, e, frees_shared["forward"])
+        if layers[0].x_dies == "model" and not embedding.holds_out:
+            program.play("forward", step, e, [(embedding.out_slot, 0)])
+        self._play("loss", step, h, head.segment, head.loss)
+        # The autocast block is left: its weight copies go, those that the graph does not keep.
+        program.play("loss", step, e, embedding.after_forward)
+        for f, layer in zip(frames, layers, strict=True):
+            program.play("loss", step, f, layer.after_forward)
+        program.play("loss", step, h, head.segment.after_forward)
+        program.play("loss", step, h, head.outputs)
+
+        self._play("backward", step, h, head.segment, head.segment.backward)
+        before, slot = h, head.segment.dx_slot
+        for index in reversed(range(len(layers))):
+            if slot < 0:
+                break
+            f, layer = frames[index], layers[index]
+            tape = layer.backward
+            if f == frames[0] and embedding.holds_out:
+                tape = _without_x(tape)
+            between = [
+                (at - (layer.backward[:at].count((PORT_X, 0)) if tape is not layer.backward else 0), e, [(s, 0)])
+                for at, s in self._dying_shared(pieces, index, lives)
+            ]
+            self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)], between)
+            before, slot = f, layer.dx_slot
+        program.play("backward", step, e, frees_shared["positional"])
+        if slot >= 0:
+            links = [(e, PORT_DY, before, slot)]
+            if head.segment.tied_slot >= 0:
+                links.append((e, PORT_TIED, h, head.segment.tied_slot))
+            tape = embedding.backward
+            if self.config.reentrant:
+                tape = [event for event in tape if event not in frees_shared["layers"]]
+            program.play("backward", step, e, tape, links)
+        program.play("backward", step, h, head.after_backward)
+        # The loop lets go of the loss, and with it of the graph.
+        released = "clip" if self.config.stack == "torch" else "backward"
+        if self.config.reentrant:  # the checkpoint's context holds its arguments as long as the graph lives
+            program.play(released, step, e, frees_shared["layers"])
+        if released == "clip":
+            program.play(released, step, h, [(head.segment.out_slot, 0)])
+        program.play(released, step, e, embedding.after_loss)
+        for f, layer in zip(frames, layers, strict=True):
+            if layer.after_loss:
+                held = f == frames[0] and embedding.holds_out  # the embedding lets go of what both keep
+                program.play(released, step, f, _without_x(layer.after_loss) if held else layer.after_loss)
+        self.loop.end_micro_step(step, h, head.segment.out_slot)
+        pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
+        return [(f, segment.gradients) for f, segment in pairs]
+
+    def _dying_shared(self, pieces: Pieces, index: int, lives: list[str]) -> list[tuple[int, int]]:
+        """Position on the backward tape of layer `index`, and slot, of the shared tensors it is the last to hold."""
+        if self.config.reentrant:
+            return []
+        layers = pieces.layers
+        return [
+            (layers[index].shared_dies[i], slot)
+            for i, (slot, life) in enumerate(zip(pieces.shared_slots, lives, strict=True))
+            if life == "layers" and next(j for j, layer in enumerate(layers) if layer.keeps_shared[i]) == index
+        ]
+
+    def _life_of_shared(self, pieces: Pieces, index: int) -> str:
+        """What lets go last of a tensor that all layers share: the model's forward, the layers' backward, or the
+        embedding's (positions, where they are learned)."""
+        if pieces.embedding.keeps_shared[index] and not self.config.reentrant:
+            return "embedding"
+        by_position = self.config.reentrant and self.decoder.passes_mask_by_position
+        if by_position and pieces.shared_slots[index] == pieces.embedding.mask_slot:
+            return "positional"
+        return "layers" if any(layer.keeps_shared[index] for layer in pieces.layers) else "forward"
+
+    def _make_optimizer(self, held: Resident) -> int:
+        """The frame of the optimizer's states; some are made by its constructor."""
+        plan = held.plan
+        frame = self.program.frame(plan.kinds, held.plan_sizes)
+        self.program.play("prepare", 0, frame, plan.made)
+        self.program.optimizer_state_bytes = plan.state_bytes
+        self.program.managed_bytes = plan.managed_bytes
+        return frame
+
+    def _update(self, step: int, plan: Plan, gradients: list[tuple[int, list[tuple[str, int]]]], frame: int) -> None:
+        """Clipping, the optimizer's step and zero_grad."""
+        program = self.program
+        self.loop.clip(step, plan.clip)
+        program.play("optimizer", step, frame, plan.later if step else plan.first)
+        for f, slots in gradients:
+            program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])
+
+
+def _without_x(tape: Tape) -> Tape:
+    """`tape` where another piece lets go of the hidden states that come in."""
+    return [event for event in tape if event != (PORT_X, 0)]
