@@ -69,11 +69,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     # in a forward of their own beside it, which is another run.)
     "trl": ("chunked",),
 }
-"""The losses that each stack can compute."""
-_LOSS_OF = {
-    "trainer": "transformers' Trainer takes the model's own loss, or Liger's",
-    "trl": "SFTTrainer always computes its loss in chunks, and refuses Liger's",
-}
+"""The losses that each stack computes in these versions; a run with another (an older TRL, a subclass) is warned of."""
 
 ADAPTER_FIELDS = ("rank", "target_modules", "lora_dropout", "use_dora", "modules_to_save", "adapter_dtype")
 QUANT_FIELDS = ("quant_type", "double_quant", "kbit_prep")
@@ -142,7 +138,7 @@ class TrainConfig(BaseModel):
     optimizer: str = "adamw_torch"
     """Optimizer by its Hugging Face `optim` string."""
     loss: Loss = "full"
-    """Full logits, TRL's chunks, or Liger's fused linear cross-entropy; not every stack has each (`LOSSES`)."""
+    """Full logits, TRL's chunks, or Liger's fused linear cross-entropy; not every stack computes each (`LOSSES`)."""
     max_grad_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     """Gradients are clipped to this norm; 0 turns clipping off."""
 
@@ -208,12 +204,6 @@ class TrainConfig(BaseModel):
             )
         if self.quant_type == "int8" and "double_quant" in self.model_fields_set and self.double_quant:
             raise MemplanError("`double_quant` is of 4-bit storage; int8 has none", hints=["leave `double_quant` out"])
-        if self.loss not in LOSSES[self.stack]:
-            stacks = " or ".join(f"`{stack}`" for stack, losses in LOSSES.items() if self.loss in losses)
-            raise MemplanError(
-                f"stack `{self.stack}` has no loss `{self.loss}`: {_LOSS_OF[self.stack]}",
-                hints=[f"`{self.loss}` is for stack {stacks}, or leave `loss` out"],
-            )
         return self
 
     def but(self, **changes: Any) -> Self:

@@ -35,10 +35,17 @@ def test_flash_attn_says_that_it_was_not_measured() -> None:
             estimate(**fields)
 
 
-def test_sdpa_that_the_family_lacks_is_refused_when_asked_for() -> None:
-    assert "eager runs in its place" in estimate("bloom-560m").warnings[0]
-    with pytest.raises(MemplanError, match="no sdpa"):
-        estimate("bloom-560m", attention="sdpa")
+def test_sdpa_that_the_family_lacks_is_played_as_eager() -> None:
+    for asked in ({}, {"attention": "sdpa"}):
+        assert "eager runs in its place" in estimate("bloom-560m", **asked).warnings[0]
+
+
+@pytest.mark.parametrize(("stack", "loss"), [("trl", "full"), ("trl", "liger"), ("trainer", "chunked")])
+def test_a_loss_that_the_stack_does_not_compute_is_said(stack: str, loss: str) -> None:
+    made = estimate("smollm2-135m", stack=stack, loss=loss, seq_len=256)
+    assert made.allocated_bytes > 0
+    (warning,) = made.warnings
+    assert f"`{loss}` is estimated as asked" in warning
 
 
 @pytest.mark.oracle

@@ -11,18 +11,17 @@ WITHOUT_FLASH = frozenset({"bloom", "mpt"})
 
 
 def check_run(spec: ModelSpec, config: TrainConfig, *, supports_sdpa: bool) -> None:
-    """transformers 5.17 modeling_utils.py `_sdpa_can_dispatch`, `_flash_attn_can_dispatch`: only attention that was not
-    asked for falls back to eager.
+    """transformers 5.17 modeling_utils.py `_flash_attn_can_dispatch`.
+
+    sdpa, where the family has none, is what everybody asks for who says nothing: eager runs, with a warning.
 
     Raises:
-        MemplanError: attention or a loss that the family has not, or not here; flash attention in fp32.
+        MemplanError: flash attention or a loss that the family has not, or not here; flash attention in fp32.
     """
     asked, model_type = config.attention, spec.model_type
     if config.loss == "liger" and model_type == "granite":  # liger_kernel 0.8.5 apply_liger_kernel_to_granite raises
         raise MemplanError("Liger has no fused loss for `granite`, and refuses it", hints=["take `loss=full`"])
     hints = ["take `attention=eager`, or leave `attention` out"]
-    if asked == "sdpa" and not supports_sdpa and "attention" in config.model_fields_set:
-        raise MemplanError(f"transformers has no sdpa attention for `{model_type}`, and refuses it", hints=hints)
     if asked != "flash_attention_2":
         return
     if model_type in WITHOUT_FLASH:

@@ -1,13 +1,13 @@
 """What the user of any decoder should know of a run: what is left out of the model, how its checkpoint is stored,
-positions beyond the model's, attention that its family lacks, what int8 keeps in 16 bits, a loss that Liger does not
-replace."""
+positions beyond the model's, attention that its family lacks, what int8 keeps in 16 bits, a loss that the
+stack does not compute or that Liger does not replace."""
 
 from __future__ import annotations
 
 from memplan.model_spec import ModelSpec
 from memplan.ops.loss_liger import builds_logits
 from memplan.prequantized import storage_warnings
-from memplan.train_config import TrainConfig
+from memplan.train_config import LOSSES, TrainConfig
 
 
 def run_warnings(spec: ModelSpec, config: TrainConfig, attention: str) -> list[str]:
@@ -18,6 +18,7 @@ def run_warnings(spec: ModelSpec, config: TrainConfig, attention: str) -> list[s
         *_positions(spec, config),
         *_attention(spec, config, attention),
         *_outliers(config),
+        *_loss(config),
         *_liger(spec, config),
     ]
 
@@ -54,6 +55,18 @@ def _outliers(config: TrainConfig) -> list[str]:
         "LLM.int8() keeps columns with an activation of 6.0 or more as they are: how many depends on data; they are "
         "counted as for fresh weights, a trained model may have more or fewer"
     ]
+
+
+_LOSS_OF = {
+    "trainer": "transformers 5.17's Trainer takes the model's own loss, or Liger's",
+    "trl": "TRL 1.16's SFTTrainer computes its loss in chunks and refuses Liger's; earlier releases made full logits",
+}
+
+
+def _loss(config: TrainConfig) -> list[str]:
+    if config.loss in LOSSES[config.stack]:
+        return []
+    return [f"{_LOSS_OF[config.stack]}: `{config.loss}` is estimated as asked, and was not measured with that stack"]
 
 
 def _liger(spec: ModelSpec, config: TrainConfig) -> list[str]:
