@@ -207,7 +207,7 @@ def _given(model_type: str, named: str, text: Mapping[str, Any]) -> dict[str, An
 
 def _left_out(model_type: str, family: Family, text: Mapping[str, Any]) -> list[str]:
     notes = [note for key, note in _NOT_MODELLED.items() if text.get(key)]
-    if model_type == "deepseek_v3" and text.get("num_nextn_predict_layers"):
+    if model_type in ("deepseek_v3", "glm4_moe") and text.get("num_nextn_predict_layers"):
         notes.append("the multi-token-prediction layer is left out, as transformers leaves it out")
     accepted = set(OTHER_KEYS.get(model_type, ()))
     for name, key in family.keys.items():

@@ -160,6 +160,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(keys=_DEEPSEEK_KEYS),
     "glm": Family(rotary_factor=0.5),
     "glm4": Family(rotary_factor=0.5),
+    "glm4_moe": Family(keys=_DEEPSEEK_KEYS | {"qk_norm": "use_qk_norm"}, rotary_factor=0.5),
 }
 
 # `model_type`s of checkpoints older than their transformers class.
@@ -204,8 +205,7 @@ NOT_MODELLED: dict[str, tuple[str, str]] = {
     "qwen3_vl_moe_text": ("PEFT converts the names of its experts differently", "qwen3_moe"),
     "gemma3n_text": ("it keeps four streams of hidden states and an embedding for each layer", "gemma3_text"),
     "gemma4_text": ("it has an embedding for each layer and shares keys and values between layers", "gemma3_text"),
-    "glm4_moe": ("its layers are not written down", "glm4"),
-    "glm4_moe_lite": ("its layers are not written down", "deepseek_v3"),
+    "glm4_moe_lite": ("its layers are not written down", "glm4_moe"),
     "deepseek_v32": ("its attention chooses tokens by an indexer", "deepseek_v3"),
     "deepseek_v4": ("its attention compresses keys and its residual has several streams", "deepseek_v3"),
     "phi4_multimodal": ("adapters for vision and speech are in its layers", "phi3"),
@@ -251,4 +251,5 @@ OTHER_KEYS: dict[str, dict[str, str]] = {
     "olmoe": {"num_local_experts": "num_experts"},
     "deepseek_v2": {"num_experts": "n_routed_experts"},
     "deepseek_v3": {"num_local_experts": "n_routed_experts"},
+    "glm4_moe": {"num_local_experts": "n_routed_experts"},
 }

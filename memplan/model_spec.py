@@ -21,7 +21,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 _LEARNED_POSITIONS = frozenset({"gpt2", "gptj", "mpt", "opt"})
 """Model types that keep a table of `max_position_embeddings` rows (of sines in gptj, of biases in mpt)."""
-_SPARSE = frozenset({"mixtral", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"})
+_SPARSE = frozenset({"mixtral", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe"})
 """Model types whose layers have experts whatever their number; the qwen ones are dense without."""
 
 # Bounds keep a typing mistake (or a hostile file) from becoming an estimate of petabytes or a loop of

@@ -135,6 +135,7 @@ BASES = {
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     **{name: {**EXPERTS, **LATENT, "num_key_value_heads": 4} for name in ("deepseek_v2", "deepseek_v3")},
+    "glm4_moe": {**EXPERTS, "head_dim": 16},
     **{name: {**EXPERTS, "head_dim": 16} for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")},
 }
 

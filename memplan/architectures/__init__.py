@@ -74,6 +74,7 @@ FAMILIES = Families(
         "cohere": ("cohere", "Cohere"),
         "glm": ("glm", "Glm"),
         "glm4": ("glm", "Glm4"),
+        "glm4_moe": ("glm4_moe", "Glm4Moe"),
     }
 )
 """Family of each `model_type`."""

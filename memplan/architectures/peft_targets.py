@@ -23,6 +23,7 @@ _CONVERTED: dict[str, dict[str, str]] = {
     "olmoe": _GATED,
     "deepseek_v2": _GATED,
     "deepseek_v3": _GATED,
+    "glm4_moe": _GATED,
 }
 _FUSED = "gate_up_proj"
 

@@ -27,7 +27,7 @@ CANDIDATES = 24
 WITHOUT_SDPA = ("gptj", "bloom", "mpt", "gpt_oss")
 """`_supports_sdpa` is off in their transformers 5.17 classes: eager is what they run, whatever is asked."""
 
-WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 """`all-linear` reaches their experts (peft/utils/transformers_weight_conversion.py), which are bare parameters."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
