@@ -12,10 +12,9 @@ from memplan.memory.composer import Composer
 from memplan.memory.segment import PORT_X, Segment
 from memplan.model_spec import ModelSpec
 from memplan.prequantized import storage_fields, storage_warnings, told
-from memplan.train_config import Method, TrainConfig
-from memplan.units import human
+from memplan.train_config import METHODS, Method, TrainConfig
+from memplan.units import exact_percent, human
 
-METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 SEQ_LEN = 1024
 _HEADS = ("lm_head", "embed_out")
 _EMBEDDINGS = ("embed", "wte", "wpe", "project_in", "project_out")
@@ -134,7 +133,8 @@ def _pitfalls(spec: ModelSpec, plain: ModelSpec) -> list[str]:
         found.update(dict.fromkeys(run.warnings))
     share = _unquantised_share(run)
     if share > _UNQUANTISED_SHARE and not spec.is_moe:
-        found[f"bitsandbytes leaves {share * 100:.0f} % of the parameters unquantised: embedding, head, norms"] = None
+        text = f"bitsandbytes leaves {exact_percent(share, 0)} of the parameters unquantised: embedding, head, norms"
+        found[text] = None
     if spec.vocab_size >= _LARGE_VOCABULARY:
         text = (
             f"{spec.vocab_size:,} logits a token: the loss `full` makes {human(spec.vocab_size * (2 + 4))} of them for "

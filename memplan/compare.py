@@ -14,10 +14,9 @@ from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.runtime import device_for, runtime_for
 from memplan.ops.device import Device
 from memplan.residuals import band
-from memplan.train_config import NO_USE_FOR, Method
+from memplan.train_config import METHODS, NO_USE_FOR
 
 Verdict = Literal["fits", "close", "does not fit"]
-METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,7 @@ class Column:
     @property
     def base_bytes(self) -> int:
         """Size of the base model's files, unquantised."""
-        weights = self.estimate.program.weights
-        return sum(
-            w.numel * (w.loaded_dtype or w.dtype).itemsize for w in weights if w.kind == "weights" and not w.buffer
-        )
+        return sum(w.numel * (w.loaded_dtype or w.dtype).itemsize for w in self.estimate.program.base_weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,7 @@ class Estimate:
 def _count_warning(model: ModelSpec, program: Program) -> list[str]:
     """That the config or the files of the model tell of another number of parameters than its family builds."""
     declared = model.num_parameters
-    counted = sum(w.numel for w in program.weights if w.kind == "weights" and not w.buffer)
+    counted = sum(w.numel for w in program.base_weights)
     stored_head = model.vocab_size * (model.word_embed_proj_dim or model.hidden_size) * model.tie_word_embeddings
     if declared is None or declared - counted in (0, stored_head):  # files may hold a tied head a second time
         return []

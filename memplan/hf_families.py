@@ -45,7 +45,8 @@ _GPT2_KEYS = {
 }
 # One `attention_bias` for q, k, v and the output projection.
 _ALL_FOUR = {"attention_out_bias": "attention_bias"}
-_DEEPSEEK_KEYS = _ALL_FOUR | {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+_ROUTED_KEYS = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+_DEEPSEEK_KEYS = _ALL_FOUR | _ROUTED_KEYS
 _BIASED = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 
 FAMILIES: dict[str, Family] = {
@@ -160,7 +161,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(keys=_DEEPSEEK_KEYS),
     "glm": Family(rotary_factor=0.5),
     "glm4": Family(rotary_factor=0.5),
-    "glm4_moe": Family(keys=_DEEPSEEK_KEYS | {"qk_norm": "use_qk_norm"}, rotary_factor=0.5),
+    "glm4_moe": Family(keys=_ROUTED_KEYS | {"qk_norm": "use_qk_norm"}, rotary_factor=0.5),
 }
 
 # `model_type`s of checkpoints older than their transformers class.

@@ -137,19 +137,14 @@ def _gptj(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
 
 def _deepseek(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
     fields["head_dim"] = fields["qk_rope_head_dim"]
-    _share_experts(fields)
+    _shared_experts(fields, config)
 
 
-def _share_experts(fields: dict[str, Any]) -> None:
+def _shared_experts(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
     """Experts that every token visits are built as one MLP of their joint width."""
     shared, width = fields["num_shared_experts"], fields["moe_intermediate_size"]
     if type(shared) is int and type(width) is int:
         fields["shared_expert_intermediate_size"] = shared * width
-
-
-def _glm4_moe(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
-    _share_experts(fields)
-    fields["attention_out_bias"] = False
 
 
 FAMILY_RULES = {
@@ -160,5 +155,5 @@ FAMILY_RULES = {
     "gptj": _gptj,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
-    "glm4_moe": _glm4_moe,
+    "glm4_moe": _shared_experts,
 }

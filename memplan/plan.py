@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan import catalog, gpus
-from memplan.compare import METHODS
 from memplan.cost import PriceSource, check_provider, price_of, price_table
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import ModelLike, make_config
@@ -18,7 +17,7 @@ from memplan.gpus import GpuSpec
 from memplan.plan_search import Candidate, Lane, Search
 from memplan.prices import Kind, Price
 from memplan.timing.roofline import shipped
-from memplan.train_config import NO_USE_FOR, Method, TrainConfig
+from memplan.train_config import METHODS, NO_USE_FOR, Method, TrainConfig
 from memplan.units import dollars_text, hours_text
 
 TOTAL_BATCH_SIZE = 16

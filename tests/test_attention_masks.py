@@ -14,16 +14,10 @@ from memplan.model_spec import ModelSpec
 from memplan.ops.cudnn import backward_workspace_bytes
 from memplan.ops.tensor import Machine
 from memplan.train_config import TrainConfig
+from tests.oracle.configs import CONFIGS
 
 TOKENS = 128
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 1000,
-}
+SIZES = CONFIGS["llama"]
 
 
 def activations(batch: int = 1, **config: Any) -> int:

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 
 from memplan import MemplanError, estimate, gpus
-from memplan.compare import METHODS, Comparison, compare, verdicts
+from memplan.compare import Comparison, compare, verdicts
 from memplan.fit import Fitter
 from memplan.memory.allocator_config import AllocatorConfig
+from memplan.train_config import METHODS
 
 MODEL = "smollm2-135m"
 

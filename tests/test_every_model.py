@@ -19,4 +19,4 @@ def test_every_model_has_an_estimate_for_every_method(name: str, method: Method)
 
 
 def num_base_params(made: Estimate) -> int:
-    return sum(w.numel for w in made.program.weights if w.kind == "weights" and not w.buffer)
+    return sum(w.numel for w in made.program.base_weights)

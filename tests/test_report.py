@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from memplan import Estimate, TrainConfig, __version__, catalog, estimate
-from memplan.compare import METHODS, compare
+from memplan.compare import compare
 from memplan.gpu_table import ROWS
 from memplan.report import CompareReport, EstimateReport, GpuReport, GpusReport, ModelReport, ModelsReport
+from memplan.train_config import METHODS
 
 MODEL = "smollm2-135m"
 

@@ -6,6 +6,7 @@ transformers module. Everything about methods, dtypes, checkpointing and optimiz
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from memplan.architectures.builder import Builder
@@ -35,7 +36,7 @@ Mlp = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-class Decoder:
+class Decoder(ABC):
     """One model for one run. `spec` and `config` say all; a builder says on which machine."""
 
     layer_prefix = "model.layers"
@@ -94,8 +95,9 @@ class Decoder:
         """What the model computes once for all layers, in its order, beside `position_ids` it has already."""
         return Shared.computed(self, machine, dtype, position_ids)
 
+    @abstractmethod
     def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
-        raise NotImplementedError
+        """One layer of `kind`, with its weights made by `build`."""
 
     def final_norm(self, build: Builder) -> Norm:
         return build.rms_norm("model.norm", self.spec.hidden_size)

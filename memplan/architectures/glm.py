@@ -9,7 +9,8 @@ Sources: transformers 5.17 models/glm/modeling_glm.py, models/glm4/modeling_glm4
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer
+from memplan.architectures.decoder import Layer
+from memplan.architectures.llama import Llama
 from memplan.architectures.phi3 import Phi3
 from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add
@@ -18,26 +19,7 @@ from memplan.ops.tensor import Tensor
 
 
 class Glm(Phi3):
-    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
-        spec = self.spec
-        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
-        kv_width = spec.num_key_value_heads * spec.head_dim
-        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
-        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
-        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
-        o_proj = build.linear("self_attn.o_proj", width, hidden)
-
-        def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            q = self.heads(q_proj(x), spec.num_attention_heads, shared, rotated=True)
-            k = self.heads(k_proj(x), spec.num_key_value_heads, shared, rotated=True)
-            v = self.heads(v_proj(x), spec.num_key_value_heads, shared)
-            q, k = self.rotate(q, k, shared)
-            output, attn_weights = self.attention(q, k, v, shared, by_heads=True)
-            output = output.view(*x.shape[:-1], width)
-            output = o_proj(output)
-            return output, attn_weights
-
-        return forward
+    self_attention = Llama.self_attention  # not phi3's one projection
 
     def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         assert shared.cos is not None and shared.sin is not None

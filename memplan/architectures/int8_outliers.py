@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import takewhile
 
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
@@ -43,8 +44,9 @@ def outlier_columns(spec: ModelSpec, config: TrainConfig, name: str, in_features
     tokens = config.tokens_per_micro_batch
     deviation = spec.initializer_range * math.sqrt(spec.hidden_size * variance)
     if name.endswith(_ATTENTION_OUT):
-        rows = range(1, config.seq_len + 1)
-        logs = (math.log1p(-min(_beyond(THRESHOLD * math.sqrt(t) / deviation), _SURE)) for t in rows)
+        by_row = (_beyond(THRESHOLD * math.sqrt(t) / deviation) for t in range(1, config.seq_len + 1))
+        # ever less, and 0 to the machine after some dozens
+        logs = (math.log1p(-min(p, _SURE)) for p in takewhile(bool, by_row))
         return round(in_features * -math.expm1(config.micro_batch_size * sum(logs)))
     if name.endswith(_MLP_OUT):
         p = _of_activation(spec.hidden_act, deviation, gated=False)

@@ -79,7 +79,9 @@ class Llama(Decoder):
                 k = k_norm(k)
             if rope:
                 q, k = self.rotate(q, k, shared)
-            output, attn_weights = self.attention(q, k, v, shared)
+            # a partial rotation ends in a concatenation, which lies by heads
+            by_heads = rope and self.rotary_dim() != spec.head_dim
+            output, attn_weights = self.attention(q, k, v, shared, by_heads=by_heads)
             output = output.view(*x.shape[:-1], width)
             output = o_proj(output)
             return output, attn_weights

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from memplan.architectures.builder import Weight
-from memplan.architectures.peft_targets import adapts_module, converted_names
+from memplan.architectures.peft_targets import adapts_module, converted_names, is_named
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.train_config import TrainConfig
 
@@ -67,10 +67,6 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
-def _ends(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith("." + wanted)
-
-
 def _targets(model_type: str, config: TrainConfig, parts: _Parts) -> Iterator[str]:
     targets = () if config.target_modules == "all-linear" else config.target_modules
     idle = []
@@ -79,14 +75,14 @@ def _targets(model_type: str, config: TrainConfig, parts: _Parts) -> Iterator[st
             adapts_module(model_type, (target,), a) for a in parts.adapted
         ):
             continue
-        if _INDEX.search(target) and any(_ends(name, _without_index(target)) for name in parts.plain):
+        if _INDEX.search(target) and any(is_named(name, _without_index(target)) for name in parts.plain):
             raise MemplanError(
                 f"`{target}` in `target_modules` is of one layer, and memplan adapts the layers of a kind alike",
                 hints=[f"name it in all of them: `{target.rpartition('.')[2]}`"],
             )
-        if any(_ends(name, target) for name in parts.saved):
+        if any(is_named(name, target) for name in parts.saved):
             continue  # what is trained whole gets no adapter
-        if any(_ends(name, target) for name in parts.plain | parts.groups):
+        if any(is_named(name, target) for name in parts.plain | parts.groups):
             raise MemplanError(
                 f"PEFT puts no adapter on `{target}`: it is no linear layer and no embedding",
                 hints=["name the linear layers in it, or take `all-linear`"],
@@ -104,10 +100,6 @@ def _targets(model_type: str, config: TrainConfig, parts: _Parts) -> Iterator[st
         yield f"PEFT passes over `{target}` in `target_modules`: `{model_type}` has no module of that name"
 
 
-def _is_target(model_type: str, config: TrainConfig, name: str) -> bool:
-    return adapts_module(model_type, config.target_modules, name)
-
-
 def _saved(model_type: str, config: TrainConfig, parts: _Parts) -> Iterator[str]:
     for wanted in config.modules_to_save:
         if any(name.endswith(wanted) for name in (parts.plain | parts.groups) - parts.saved):
@@ -116,7 +108,11 @@ def _saved(model_type: str, config: TrainConfig, parts: _Parts) -> Iterator[str]
                 hints=["name layers, such as `lm_head` or `embed_tokens`"],
             )
         copied = [name for name in parts.saved if name.endswith(wanted)]
-        refused = [name for name in copied if not _ends(name, wanted) and _is_target(model_type, config, name)]
+        refused = [
+            name
+            for name in copied
+            if not is_named(name, wanted) and adapts_module(model_type, config.target_modules, name)
+        ]
         if refused:
             raise MemplanError(
                 f"PEFT cannot copy `{refused[0]}`, which `{wanted}` in `modules_to_save` names: it has an adapter",

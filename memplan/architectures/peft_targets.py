@@ -44,7 +44,12 @@ def adapts_module(model_type: str, targets: Targets, name: str) -> bool:
     if targets == "all-linear":
         return not name.startswith("lm_head") and name.rpartition(".")[2] not in converted
     kept = [t for t in targets if t.rpartition(".")[2] not in converted]
-    return any(name == t or name.endswith("." + t) for t in kept)
+    return any(is_named(name, t) for t in kept)
+
+
+def is_named(name: str, wanted: str) -> bool:
+    """Whether the module or parameter `name` ends with the whole names in `wanted`."""
+    return name == wanted or name.endswith("." + wanted)
 
 
 def parameter_rank(model_type: str, targets: Targets, name: str, rank: int) -> int:
@@ -58,7 +63,7 @@ def parameter_rank(model_type: str, targets: Targets, name: str, rank: int) -> i
         return 0
     old_names = set(converted) if targets == "all-linear" else {t.rpartition(".")[2] for t in targets} & set(converted)
     for new_name in {converted[old] for old in old_names}:
-        if name != new_name and not name.endswith("." + new_name):
+        if not is_named(name, new_name):
             continue
         if new_name != _FUSED:
             return rank

@@ -17,9 +17,6 @@ from memplan.train_config import TrainConfig
 
 Status = Literal["ok", "oom", "error", "timeout"]
 
-LOAD_PHASES = ("load", "prepare")
-STEP_PHASES = ("forward", "backward", "clip", "optimizer", "zero")
-
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from memplan.errors import MemplanError
-from memplan.train_config import Attention, FloatName, Loss, Method, QuantType, Stack
+from memplan.train_config import METHODS, Attention, FloatName, Loss, Method, QuantType, Stack
 
 METHOD, BATCH, SAVERS = "Method", "Batch", "Memory savers"
 PRECISION, DEVICE, OUTPUT = "Precision", "Device", "Output"
@@ -41,7 +41,7 @@ def complete_optimizers(incomplete: str) -> list[str]:
 
 
 def complete_methods(incomplete: str) -> list[str]:
-    return [name for name in get_args(Method) if name.startswith(incomplete)]
+    return [name for name in METHODS if name.startswith(incomplete)]
 
 
 def complete_tiers(incomplete: str) -> list[str]:

@@ -63,6 +63,11 @@ class Program:
     attentions: list[AttentionCall | None] = field(default_factory=list)
     """What scaled_dot_product_attention runs in each layer; None where a layer has none."""
 
+    @property
+    def base_weights(self) -> list[Weight]:
+        """The model's own parameters, tied ones once: no adapters and no buffers."""
+        return [w for w in self.weights if w.kind == "weights" and not w.buffer]
+
     def frame(self, kinds: list[str], sizes: dict[int, int]) -> int:
         self.frames.append(Frame(len(kinds), kinds, sizes))
         return len(self.frames) - 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memplan.dtypes import DType
 from memplan.ops.autocast import low
 from memplan.ops.autograd import Grads, Node, attach, record, result_of
 from memplan.ops.pointwise import GradList, add, incoming
@@ -140,8 +139,3 @@ def _baddbmm_backward(node: Node, grads: GradList) -> Grads:
         del product
     del saved
     return out
-
-
-def low_dtype(x: Tensor) -> DType:
-    """dtype in which a matrix product of `x` runs."""
-    return DType.bf16 if x.machine.autocast and x.dtype.is_floating else x.dtype

@@ -228,13 +228,6 @@ def slice_last(x: Tensor, width: int) -> Tensor:
     return attach(node, Tensor(x.storage, (*x.shape[:-1], width), x.dtype))
 
 
-def slice_rows(x: Tensor, num_rows: int) -> Tensor:
-    """A view of `num_rows` of the first dimension."""
-    m = x.machine
-    node = record(m, _slice_backward, (x,), meta=x.shape)
-    return attach(node, Tensor(x.storage, (num_rows, *x.shape[1:]), x.dtype))
-
-
 def _slice_backward(node: Node, grads: GradList) -> Grads:
     return (node.machine.empty(node.meta, incoming(grads).dtype),)
 

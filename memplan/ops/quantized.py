@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, record, result_of
 from memplan.ops.pointwise import GradList, incoming, to
-from memplan.ops.tensor import EXTERNAL, Machine, Parameter, Storage, Tensor, round_block
+from memplan.ops.tensor import EXTERNAL, Machine, Parameter, Storage, Tensor
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -112,8 +112,3 @@ def _backward_4bit(node: Node, grads: GradList) -> Grads:
         node.machine.calls("cublas")
         del weight
     return (d_x,) if len(node.needs) == 1 else (d_x, grad if node.needs[1] else None)
-
-
-def resident_bytes_4bit(num_elements: int, *, double_quant: bool) -> int:
-    """Bytes that one 4-bit weight keeps on the device, each of its tensors in whole blocks."""
-    return sum(round_block(n) for n in storage_bytes_4bit(num_elements, double_quant=double_quant))
