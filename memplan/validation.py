@@ -17,6 +17,7 @@ from memplan.calibration.record import Environment, Record, RecordFile, read_rec
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import Estimate
 from memplan.gpus import GpuSpec
+from memplan.memory.allocator_config import AllocatorConfig
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 
@@ -121,10 +122,10 @@ def validate(paths: Sequence[str | Path] = (), *, progress: Progress | None = No
     comparisons: list[Comparison] = []
     done = 0
     for path, file in read:
-        gpu = gpu_of(file)
+        gpu, allocator = gpu_of(file), settings_of(file)
         capacity_bytes = file.environment.gpu_total_bytes if file.environment else None
         for record in file.records:
-            predictor = _Predictor(gpu)
+            predictor = _Predictor(gpu, allocator)
             one = compare([record], predictor, capacity_bytes=capacity_bytes)
             comparisons.append(one)
             if one.rows:
@@ -154,13 +155,26 @@ def gpu_of(file: RecordFile) -> GpuSpec | None:
         return None
 
 
-class _Predictor:
-    """Predicts on one GPU and keeps what it made."""
+def settings_of(file: RecordFile) -> AllocatorConfig | None:
+    """The allocator settings that a file's runs had (PYTORCH_ALLOC_CONF); None for torch's own.
 
-    def __init__(self, gpu: GpuSpec | None) -> None:
+    Raises:
+        MemplanError: settings that are not modelled.
+    """
+    environment = file.environment
+    if environment is None or not environment.allocator_conf:
+        return None
+    return AllocatorConfig.parse(environment.allocator_conf, device_bytes=environment.gpu_total_bytes or None)
+
+
+class _Predictor:
+    """Predicts on one GPU, under one file's allocator settings, and keeps what it made."""
+
+    def __init__(self, gpu: GpuSpec | None, allocator: AllocatorConfig | None) -> None:
         self.gpu = gpu
+        self.allocator = allocator
         self.made: Estimate | None = None
 
     def __call__(self, hf_config: dict[str, Any], config: TrainConfig) -> Estimate:
-        self.made = Estimate(ModelSpec.from_hf_config(hf_config), config, self.gpu)
+        self.made = Estimate(ModelSpec.from_hf_config(hf_config), config, self.gpu, self.allocator)
         return self.made

@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from memplan import gpus
 from memplan.calibration.design import draw, rough_bytes
 from memplan.calibration.design_models import FAMILIES, Shape, hf_config
+from memplan.calibration.design_published import SHARE, draw_published
 from memplan.calibration.record import read_cases
 from memplan.errors import MemplanError
+from memplan.estimate import Estimate
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 from memplan.units import GIB
@@ -58,10 +61,10 @@ def test_every_case_is_a_run_that_can_be_made():
 
 
 def test_a_smaller_card_gives_smaller_cases():
-    def largest(max_bytes):
-        return max(case.train_config().tokens_per_micro_batch for case in draw(7, 60, max_bytes=max_bytes))
+    def tokens(max_bytes):
+        return [case.train_config().tokens_per_micro_batch for case in draw(7, 60, max_bytes=max_bytes)]
 
-    assert largest(10 * GIB) < largest(70 * GIB)
+    assert sum(tokens(10 * GIB)) < sum(tokens(70 * GIB))
 
 
 def test_the_bound_can_be_an_estimate():
@@ -103,3 +106,20 @@ def test_checkpointing_lowers_the_rough_bound():
 def test_bounds_that_nothing_meets_are_a_users_error():
     with pytest.raises(MemplanError, match="not even a small model"):
         draw(1, 1, max_bytes=GIB)
+
+
+def test_published_models_are_drawn_within_the_card_and_the_same_for_a_seed():
+    card = gpus.get("t4")
+    cases = draw_published(3, 12, card, max_seconds=8.0)
+    assert draw_published(3, 12, card, max_seconds=8.0) == cases
+    assert len({case.id.split("-", 2)[2].rsplit("-", 2)[0] for case in cases}) == 12, "a model twice"
+    for case in cases:
+        config = case.train_config()
+        spec = ModelSpec.from_hf_config(case.hf_config)
+        assert Estimate(spec, config, card).process_bytes <= SHARE * card.memory_bytes
+        assert spec.max_position_embeddings is None or config.seq_len <= spec.max_position_embeddings
+
+
+def test_a_card_too_small_for_so_many_published_models_says_so():
+    with pytest.raises(MemplanError, match="models can be run within these bounds"):
+        draw_published(3, 5, replace(gpus.get("t4"), memory_bytes=GIB // 2))

@@ -29,12 +29,12 @@ _WIDTHS = ((576, 9, 64), (768, 12, 64), (1024, 16, 64), (1536, 12, 128), (2048, 
            (3072, 24, 128), (4096, 32, 128))  # fmt: skip
 _VOCABS = (32000, 50304, 65024, 102400, 128256, 151936, 201088, 256000)
 _SEQ_LENS = (256, 500, 512, 1000, 1024, 2048, 3000, 4096, 8192, 16384)
-_METHODS = ("lora", "qlora", "full", "lora", "qlora")  # adapters twice: they have more knobs
-_STACKS = ("torch", "trainer", "trl")
+METHODS = ("lora", "qlora", "full", "lora", "qlora")  # adapters twice: they have more knobs
+STACKS = ("torch", "trainer", "trl")
 _FULL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd", "lion_8bit")
 _ADAPTER_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
 # A step at this rate: low, for short kernels and 4-bit weights; it only bounds how long a case may take.
-_SLOW_FLOPS_PER_SECOND = 5e13
+SLOW_FLOPS_PER_SECOND = 5e13
 
 
 def draw(
@@ -44,7 +44,7 @@ def draw(
     max_bytes: int,
     max_seconds: float = 4.0,
     families: Iterable[str] | None = None,
-    stacks: Iterable[str] = _STACKS,
+    stacks: Iterable[str] = STACKS,
     bytes_of: BytesOf | None = None,
 ) -> list[Case]:
     """`num_cases` cases that take at most `max_bytes` and about `max_seconds` of steps each.
@@ -55,7 +55,7 @@ def draw(
     """
     rng = random.Random(seed)
     kinds = sorted(FAMILIES if families is None else families)
-    combinations = [(method, stack) for method in _METHODS for stack in stacks]
+    combinations = [(method, stack) for method in METHODS for stack in stacks]
     rng.shuffle(kinds)
     rng.shuffle(combinations)
     cases = []
@@ -64,7 +64,7 @@ def draw(
         # Offset by the round, so that a family meets another combination each time.
         method, stack = combinations[(number + number // len(kinds)) % len(combinations)]
         shape = _draw_shape(rng, model_type)
-        said = _draw_config(rng, model_type, method, stack)
+        said = draw_config(rng, model_type, method, stack)
         shape, said = _shrink(model_type, shape, said, max_bytes, max_seconds, bytes_of)
         name = f"d{seed}-{number:03d}-{model_type}-{method}-{stack}"
         cases.append(Case(id=name, hf_config=hf_config(model_type, shape), config=said))
@@ -112,7 +112,7 @@ def _draw_shape(rng: random.Random, model_type: str) -> Shape:
     )
 
 
-def _draw_config(rng: random.Random, model_type: str, method: str, stack: str) -> dict[str, Any]:
+def draw_config(rng: random.Random, model_type: str, method: str, stack: str) -> dict[str, Any]:
     """Fields of a TrainConfig; about half of the knobs stay at what the stack sets."""
     said: dict[str, Any] = {"method": method, "stack": stack, "seq_len": rng.choice(_SEQ_LENS)}
     said["micro_batch_size"] = rng.choice((1, 1, 2, 3, 4, 8, 16))
@@ -186,7 +186,7 @@ def _shrink(
         else:
             num_bytes = bytes_of(hf_config(model_type, shape), config)
         tokens = config.tokens_per_micro_batch * config.gradient_accumulation_steps
-        seconds = 3 * 8 * num_params(model_type, shape) * tokens / _SLOW_FLOPS_PER_SECOND
+        seconds = 3 * 8 * num_params(model_type, shape) * tokens / SLOW_FLOPS_PER_SECOND
         if num_bytes <= max_bytes and seconds <= max_seconds:
             return shape, said
         shape, said = _smaller(shape, said, config)

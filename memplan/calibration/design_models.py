@@ -130,6 +130,14 @@ def _mla(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _glm4_moe(shape: Shape) -> dict[str, Any]:
+    return {
+        **_head_dim(_llama)(shape), "n_routed_experts": shape.num_experts, "n_shared_experts": 1,
+        "num_experts_per_tok": shape.num_experts_per_tok, "moe_intermediate_size": shape.intermediate_size,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+
+
 _LLAMA = Family(_llama)
 _FUSED_QKV = ("query_key_value",)
 FAMILIES: dict[str, Family] = {
@@ -173,5 +181,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(_mla, ("q_a_proj", "o_proj"), is_moe=True),
     "glm": Family(_with(_head_dim(_llama), pad_token_id=0)),
     "glm4": Family(_with(_head_dim(_llama), pad_token_id=0)),
+    "glm4_moe": Family(_glm4_moe, is_moe=True),
+    "ministral3": Family(_with(_head_dim(_llama), sliding_window=None)),
+    "seed_oss": Family(_head_dim(_llama)),
 }  # fmt: skip
 """`attention_modules`: what a LoRA of attention alone targets, by the family's own module names."""
