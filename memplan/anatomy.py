@@ -67,7 +67,7 @@ def _parts(weights: list[Weight]) -> dict[str, int]:
     return {name: parts[name] for name in _ORDER if name in parts}
 
 
-_ORDER = ("embedding", "attention", "mlp", "experts", "shared experts", "router", "norms", "head")
+_ORDER = ("embedding", "attention", "mlp", "experts", "shared experts", "router", "per-layer inputs", "norms", "head")
 
 
 def part_of(name: str) -> str:
@@ -82,12 +82,14 @@ def part_of(name: str) -> str:
         return "shared experts"
     if "experts" in steps:
         return "experts"
-    if steps[-1] in ("gate", "router"):
+    if steps[-1] == "gate" or "router" in steps:
         return "router"
     if any("attn" in step or "attention" in step for step in steps):
         return "attention"
     if any(word in step for step in steps for word in _EMBEDDINGS):
         return "embedding"
+    if any(step.startswith("per_layer") for step in steps):
+        return "per-layer inputs"
     return "mlp"
 
 

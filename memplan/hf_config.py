@@ -41,13 +41,22 @@ _PLAIN = (
     "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size",
     "first_k_dense_replace", "decoder_sparse_step",
     "mlp_only_layers", "n_group", "topk_group", "topk_method", "norm_topk_prob", "output_router_logits",
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
+    "vocab_size_per_layer_input", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 # Keys that decide one of those fields without being one.
 _DECIDING = (
     "head_dim", "rotary_dim", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
     "no_rope_layer_interval", "_remove_final_layer_norm",
 )  # fmt: skip
+_HEADS_OF_FULL_LAYERS = ("global_head_dim", "num_global_key_value_heads", "per_layer_config")
+# Those of one family.
+_FURTHER_KEYS = {
+    "gemma3_text": ("sliding_window_pattern",),
+    "gemma4_text": ("enable_moe_block", *_HEADS_OF_FULL_LAYERS),
+    "gemma4_unified_text": _HEADS_OF_FULL_LAYERS,
+    "mpt": ("attn_config",),
+}
 _CATALOGUE: dict[str, type] = {
     "name": str, "aliases": list, "source": str, "num_parameters": int, "hf_repo": str, "notes": list,
     "left_out": list,
@@ -59,6 +68,9 @@ _NOT_MODELLED = {
     "use_bidirectional_attention": "bidirectional attention is estimated as causal",
     "apply_residual_connection_post_layernorm": "the residual is taken before the norm, not after it",
 }
+
+_OF_IMAGES = "vision"
+"""gemma4's `use_bidirectional_attention` where it is of the tokens of images alone."""
 
 
 def read_config(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
@@ -110,7 +122,7 @@ def _defaults() -> dict[str, dict[str, Any]]:
 def config_keys(model_type: str) -> tuple[str, ...]:
     """Keys of that family's config that memplan reads, where its config class has them."""
     family = FAMILIES[model_type]
-    extra = {"gemma3_text": ("sliding_window_pattern",), "mpt": ("attn_config",)}.get(model_type, ())
+    extra = _FURTHER_KEYS.get(model_type, ())
     return tuple(dict.fromkeys([*(family.keys.get(name, name) for name in _PLAIN), *_DECIDING, *extra]))
 
 
@@ -206,7 +218,7 @@ def _given(model_type: str, named: str, text: Mapping[str, Any]) -> dict[str, An
 
 
 def _left_out(model_type: str, family: Family, text: Mapping[str, Any]) -> list[str]:
-    notes = [note for key, note in _NOT_MODELLED.items() if text.get(key)]
+    notes = [note for key, note in _NOT_MODELLED.items() if text.get(key) not in (None, False, _OF_IMAGES)]
     if model_type in ("deepseek_v3", "glm4_moe") and text.get("num_nextn_predict_layers"):
         notes.append("the multi-token-prediction layer is left out, as transformers leaves it out")
     accepted = set(OTHER_KEYS.get(model_type, ()))

@@ -59,6 +59,14 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(keys=_ALL_FOUR),
     "gemma2": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, sliding=2),
     "gemma3_text": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=6),
+    "gemma4_text": Family(
+        keys=_ALL_FOUR | {"hidden_act": "hidden_activation", "num_experts_per_tok": "top_k_experts"},
+        fixed={"qk_norm": True},
+        sliding=6,
+    ),
+    "gemma4_unified_text": Family(
+        keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=6
+    ),
     "phi": Family(
         keys={"hidden_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop", "qk_norm": "qk_layernorm"},
         fixed=_BIASED | {"lm_head_bias": True, "parallel_residual": True},
@@ -176,6 +184,9 @@ OLD_MODEL_TYPES = {
 # classes fill it in.
 TEXT_MODEL_TYPES = {
     "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "idefics3": "llama",
     "internvl": "qwen2",
     "llava": "llama",
@@ -205,7 +216,6 @@ NOT_MODELLED: dict[str, tuple[str, str]] = {
     "kimi_linear": (_LINEAR_ATTENTION, "deepseek_v3"),
     "qwen3_vl_moe_text": ("PEFT converts the names of its experts differently", "qwen3_moe"),
     "gemma3n_text": ("it keeps four streams of hidden states and an embedding for each layer", "gemma3_text"),
-    "gemma4_text": ("it has an embedding for each layer and shares keys and values between layers", "gemma3_text"),
     "glm4_moe_lite": ("its layers are not written down", "glm4_moe"),
     "deepseek_v32": ("its attention chooses tokens by an indexer", "deepseek_v3"),
     "deepseek_v4": ("its attention compresses keys and its residual has several streams", "deepseek_v3"),

@@ -147,11 +147,55 @@ def _shared_experts(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
         fields["shared_expert_intermediate_size"] = shared * width
 
 
+_GLOBAL_HEAD_DIM = 512
+"""`global_head_dim` where the config does not say (transformers 5.17 configuration_gemma4.py)."""
+
+
+def _gemma4(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
+    if fields["layer_types"]:  # "Forcing last layer to `full_attention`"
+        fields["layer_types"] = (*fields["layer_types"][:-1], "full_attention")
+    if "sliding_attention" not in fields["layer_types"]:
+        fields["layer_types"] = ()
+    fields["sliding_window"] = config.get("sliding_window")  # its mask is made whether a layer slides or not
+    told = _full_layers(fields, config)
+    fields["global_head_dim"] = told.get("head_dim", fields["head_dim"])
+    fields["num_global_key_value_heads"] = told.get("num_key_value_heads")
+    if not config.get("enable_moe_block"):
+        fields |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+    else:
+        fields["moe_intermediate_size"] = fields["moe_intermediate_size"] or 0
+
+
+def _full_layers(fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the layers with full attention have of their own: by keys of the published configs, or by the
+    `per_layer_config` that transformers 5.17 writes in their place."""
+    by_layer = config.get("per_layer_config")
+    if by_layer is None:
+        heads = config.get("num_global_key_value_heads") if fields["attention_k_eq_v"] else None
+        told = {"head_dim": config.get("global_head_dim", _GLOBAL_HEAD_DIM)}
+        return told if heads is None else told | {"num_key_value_heads": heads}
+    types = fields["layer_types"] or ("full_attention",) * fields["num_hidden_layers"]
+    full = {str(i) for i, kind in enumerate(types) if kind == "full_attention"}
+    if by_layer == {}:
+        return {}
+    changes = list(by_layer.values()) if isinstance(by_layer, Mapping) and set(by_layer) == full else [None]
+    first = changes[0]
+    known = isinstance(first, Mapping) and set(first) <= {"head_dim", "num_key_value_heads"}
+    if not isinstance(first, Mapping) or not known or any(change != first for change in changes):
+        raise InvalidSpecError(
+            "`per_layer_config` tells of more than the heads of all layers with full attention, which memplan cannot "
+            "follow"
+        )
+    return dict(first)
+
+
 FAMILY_RULES = {
     "falcon": _falcon,
     "opt": _opt,
     "mpt": _mpt,
     "smollm3": _smollm3,
+    "gemma4_text": _gemma4,
+    "gemma4_unified_text": _gemma4,
     "gptj": _gptj,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,

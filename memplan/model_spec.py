@@ -145,6 +145,21 @@ class ModelSpec(BaseModel):
     output_router_logits: bool = False
     """The router's logits are returned and add a load-balancing loss."""
 
+    global_head_dim: int | None = Field(None, ge=1, le=MAX_WIDTH)
+    """gemma4: width of a head in the layers with full attention; None where it is `head_dim`."""
+    num_global_key_value_heads: int | None = Field(None, ge=1, le=MAX_WIDTH)
+    """gemma4: key and value heads of the layers with full attention; None where they are `num_key_value_heads`."""
+    attention_k_eq_v: bool = False
+    """gemma4: layers with full attention make their values of the key projection and have none for values."""
+    num_kv_shared_layers: int = Field(0, ge=0, le=MAX_LAYERS)
+    """gemma4: this many last layers take keys and values from the last layer of their kind before them."""
+    use_double_wide_mlp: bool = False
+    """gemma4: the MLP of those layers is twice as wide."""
+    hidden_size_per_layer_input: int = Field(0, ge=0, le=MAX_WIDTH)
+    """gemma4: width of the embedding that each layer has of its own; 0 for none."""
+    vocab_size_per_layer_input: int = Field(0, ge=0, le=MAX_VOCAB)
+    """gemma4: rows of the table of those embeddings."""
+
     q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Latent width of the queries; None projects them directly."""
     kv_lora_rank: int = Field(0, ge=0, le=MAX_WIDTH)
@@ -209,6 +224,21 @@ class ModelSpec(BaseModel):
                 )
             if not self.moe_intermediate_size:
                 raise ValueError("`moe_intermediate_size` is not given for a mixture of experts")
+        if self.num_attention_heads % (self.num_global_key_value_heads or 1):
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
+                f"`num_global_key_value_heads` ({self.num_global_key_value_heads})"
+            )
+        if self.num_kv_shared_layers:
+            kinds = self.layer_types or ("full_attention",) * self.num_hidden_layers
+            first = self.num_hidden_layers - self.num_kv_shared_layers
+            if first < 1 or not set(kinds[first:]) <= set(kinds[:first]):
+                raise ValueError(
+                    f"`num_kv_shared_layers` ({self.num_kv_shared_layers}) leaves some of these layers without an "
+                    "earlier one of their kind that makes keys and values"
+                )
+        if self.hidden_size_per_layer_input and not self.vocab_size_per_layer_input:
+            raise ValueError("`hidden_size_per_layer_input` needs `vocab_size_per_layer_input`, the rows of its table")
         if self.kv_lora_rank and not (self.qk_rope_head_dim and self.v_head_dim):
             raise ValueError("`kv_lora_rank` needs `qk_rope_head_dim` and `v_head_dim`")
         return self
@@ -230,6 +260,14 @@ class ModelSpec(BaseModel):
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of layer `layer` in tokens; None when its attention is full."""
         return self.sliding_window if self.layer_types and self.layer_types[layer] == "sliding_attention" else None
+
+    def layer_head_dim(self, layer: int) -> int:
+        """Width of a head of layer `layer`."""
+        return self.head_dim if self.layer_window(layer) is not None else self.global_head_dim or self.head_dim
+
+    def shares_kv(self, layer: int) -> bool:
+        """Whether layer `layer` takes its keys and values from an earlier one."""
+        return layer >= self.num_hidden_layers - self.num_kv_shared_layers
 
     def has_rope(self, layer: int) -> bool:
         """Whether layer `layer` rotates queries and keys (smollm3 leaves some out)."""

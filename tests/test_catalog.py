@@ -65,6 +65,7 @@ PUBLISHED = {
     "mixtral-8x7b": 46.7, "olmoe-1b-7b": 6.9, "mpt-30b": 29.95,  # announcement, arXiv 2409.02060, card
     "gpt-oss-120b": 116.83, "gpt-oss-20b": 20.91,  # arXiv 2508.10925 table 1
     "qwen3-30b-a3b": 30.5,  # Qwen's model card
+    "gemma-4-31b": 30.7, "gemma-4-26b-a4b": 25.2,  # Google's model card
 }  # fmt: skip
 
 

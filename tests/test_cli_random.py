@@ -136,6 +136,15 @@ BASES = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     **{name: {**EXPERTS, **LATENT, "num_key_value_heads": 4} for name in ("deepseek_v2", "deepseek_v3")},
     "glm4_moe": {**EXPERTS, "head_dim": 16},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention"] * 2,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
     **{name: {**EXPERTS, "head_dim": 16} for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")},
 }
 

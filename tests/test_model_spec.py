@@ -92,7 +92,7 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
     assert spec.tie_word_embeddings == (head is model.get_input_embeddings().weight)
     assert tuple(head.shape) == (spec.vocab_size, spec.word_embed_proj_dim or spec.hidden_size)
     widths = {m.head_dim for n, m in model.named_modules() if hasattr(m, "head_dim") and not spec.is_mla}
-    assert widths <= {spec.head_dim}
+    assert widths <= {spec.head_dim, spec.global_head_dim}
 
 
 @pytest.mark.oracle
@@ -101,6 +101,8 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
     [
         {"model_type": "gemma2", "hidden_size": 2304},
         {"model_type": "gemma3_text", "num_hidden_layers": 13, "sliding_window_pattern": 3},
+        {"model_type": "gemma4_text", "num_hidden_layers": 13},
+        {"model_type": "gemma4_unified_text", "num_hidden_layers": 8},
         {"model_type": "gpt_oss", "num_hidden_layers": 5},
         {"model_type": "olmo3", "num_hidden_layers": 9},
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 20},
@@ -215,6 +217,10 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 MULTIMODAL: dict[str, tuple[dict[str, Any], str]] = {
     "gemma3": ({"model_type": "gemma3", "text_config": SIZES}, "gemma3_text"),
     "gemma3 untied": ({"model_type": "gemma3", "tie_word_embeddings": False, "text_config": SIZES}, "gemma3_text"),
+    "gemma4": ({"model_type": "gemma4", "vision_config": None,
+                "text_config": SIZES | {"vocab_size_per_layer_input": 256, "num_kv_shared_layers": 1,
+                                        "layer_types": ["full_attention"] * 2}}, "gemma4_text"),
+    "gemma4_unified": ({"model_type": "gemma4_unified", "text_config": SIZES}, "gemma4_unified_text"),
     "paligemma": ({"model_type": "paligemma", "text_config": {"model_type": "gemma", **SIZES}}, "gemma"),
     "llava": ({"model_type": "llava", "text_config": SIZES | {"model_type": "llama"}}, "llama"),
     "llava on mistral": ({"model_type": "llava_next", "text_config": SIZES | {"model_type": "mistral"}}, "mistral"),
@@ -258,6 +264,36 @@ def test_a_text_config_may_leave_its_own_type_out() -> None:
     assert (spec.model_type, spec.vocab_size) == ("gemma3_text", 262208)
 
 
+GEMMA4 = SIZES | {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 16}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "config",
+    [
+        GEMMA4,
+        GEMMA4 | {"global_head_dim": 32, "num_global_key_value_heads": 1},  # not without `attention_k_eq_v`
+        GEMMA4 | {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        GEMMA4 | {"layer_types": ["sliding_attention"] * 6},
+        GEMMA4 | {"layer_types": ["full_attention"] * 6, "hidden_size_per_layer_input": 0},
+        GEMMA4 | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "layer_types": ["sliding_attention"] * 2
+                  + ["full_attention"] + ["sliding_attention"] * 3},
+        GEMMA4 | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        GEMMA4 | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},  # not enabled
+    ],
+)  # fmt: skip
+def test_gemma4_has_the_parameters_of_its_config_and_of_the_one_that_transformers_writes(
+    config: dict[str, Any],
+) -> None:
+    model = real_model(config)
+    num_params = sum(p.numel() for p in model.parameters())
+    for told in (config, json.loads(model.config.to_json_string())):
+        spec = ModelSpec.from_hf_config(told)
+        assert estimate(spec, method="full").num_params == num_params
+        layers = [layer.self_attn.head_dim for layer in model.model.layers]
+        assert [spec.layer_head_dim(i) for i in range(6)] == layers
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("model_type", TEXT_MODELS_OF_FAMILY)
 def test_a_missing_key_of_a_multimodal_models_text_takes_its_own_default(model_type: str) -> None:
@@ -294,6 +330,11 @@ def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:
         ({}, "`model_type` is missing"),
         ({"model_type": 3}, "`model_type` is not a string"),
         ({"model_type": "llama", "hidden_size": "4096"}, "`hidden_size`"),
+        ({**GEMMA4, "num_kv_shared_layers": 6}, "`num_kv_shared_layers` (6) leaves some"),
+        ({**GEMMA4, "num_kv_shared_layers": 1}, "`num_kv_shared_layers` (1) leaves some"),
+        ({**GEMMA4, "num_global_key_value_heads": 3, "attention_k_eq_v": True}, "`num_global_key_value_heads`"),
+        ({**GEMMA4, "vocab_size_per_layer_input": 0}, "`hidden_size_per_layer_input` needs"),
+        ({**GEMMA4, "per_layer_config": {"0": {"intermediate_size": 32}}}, "`per_layer_config`"),
         ({"model_type": "llama", "hidden_size": None}, "`hidden_size`"),
         ({"model_type": "llama", "hidden_size": -1}, "`hidden_size`"),
         ({"model_type": "llama", "hidden_size": True}, "`hidden_size`"),

@@ -66,6 +66,8 @@ FAMILIES = Families(
         "gemma": ("gemma", "Gemma"),
         "gemma2": ("gemma2", "Gemma2"),
         "gemma3_text": ("gemma2", "Gemma3"),
+        "gemma4_text": ("gemma4", "Gemma4"),
+        "gemma4_unified_text": ("gemma4", "Gemma4"),
         "phi3": ("phi3", "Phi3"),
         "olmo": ("olmo", "Olmo"),
         "olmo2": ("olmo", "Olmo2"),
@@ -92,5 +94,6 @@ def decoder_for(spec: ModelSpec, config: TrainConfig, device: Device = HOPPER) -
         raise UnknownNameError("model_type", spec.model_type, FAMILIES)
     check_run(spec, config, supports_sdpa=family.supports_sdpa)
     decoder = family(spec, config, device)
-    check_rotary(spec, decoder.rotary_dim())
+    for kind in ("full_attention", "sliding_attention"):
+        check_rotary(spec, decoder.rotary_dim_of(kind))
     return decoder

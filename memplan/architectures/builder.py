@@ -72,6 +72,12 @@ class Builder:
     parameters: list[Parameter] = field(default_factory=list)
     held: list[Tensor] | None = None
     """Locals of the model's forward that live until it returns; None for the first layer's input alone."""
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    """What the layer being built gets beside the hidden states (`Decoder.reads`); of the embedding, what it gives."""
+    gives: tuple[str, ...] = ()
+    """Names of what the layer being built is to leave for later ones (`Decoder.gives`)."""
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """Where its forward leaves that."""
     position_ids: Tensor | None = None
     """Positions that the embedding needed before the layers do."""
     input_variance: float = 1.0

@@ -76,6 +76,20 @@ class Decoder(ABC):
             windows["sliding_attention"] = self.spec.sliding_window
         return windows
 
+    def reads(self, index: int) -> tuple[str, ...]:
+        """Names of what layer `index` is given beside the hidden states that an earlier piece made for it: an embedding
+        for each layer, keys and values of another layer."""
+        return ()
+
+    def gives(self, index: int) -> tuple[str, ...]:
+        """Names of what layer `index` leaves for later ones beside the hidden states."""
+        return ()
+
+    def before_layer(self, build: Builder) -> tuple[str, ...]:
+        """What the model's loop makes of `build.carried` before it calls a layer; the names there of what it then
+        passes by position, which a checkpoint saves as its inputs."""
+        return ()
+
     def shared_of(self, kind: str, shared: Shared) -> Shared:
         """What a layer of `kind` is given of the shared tensors."""
         return shared.sliding() if kind.startswith("sliding") else shared.full()
@@ -108,16 +122,21 @@ class Decoder(ABC):
 
     def buffers(self, build: Builder) -> None:
         """Tensors on the device that are no parameters: rotary frequencies and the copy kept of them."""
-        width = self.rotary_dim()
-        if width is None:
-            return
-        for kind in [f"{kind}_" for kind in self.rotary_kinds] if self.sliding_layers_have_own_rotary else [""]:
-            build.buffer(f"{self.rotary_name}.{kind}inv_freq", (width // 2,), DType.fp32)
-            build.buffer(f"{self.rotary_name}.{kind}original_inv_freq", (width // 2,), DType.fp32)
+        for kind in self.rotary_kinds if self.sliding_layers_have_own_rotary else [""]:
+            width = self.rotary_dim_of(kind)
+            if width is None:
+                return
+            prefix = f"{self.rotary_name}.{kind}_" if kind else f"{self.rotary_name}."
+            build.buffer(f"{prefix}inv_freq", (width // 2,), DType.fp32)
+            build.buffer(f"{prefix}original_inv_freq", (width // 2,), DType.fp32)
 
     def rotary_dim(self) -> int | None:
         """Width of the rotary tables; None for a model without."""
         return self.spec.rotary_dim or self.spec.head_dim
+
+    def rotary_dim_of(self, kind: str) -> int | None:
+        """The same for the tables of one kind of attention, where each has its own."""
+        return self.rotary_dim()
 
     def warnings(self) -> list[str]:
         """What the user should know of this model and run, one sentence each."""

@@ -40,6 +40,10 @@ def _adapters(spec: ModelSpec, config: TrainConfig) -> list[str]:
     if not converts_experts(spec.model_type):
         if targets != "all-linear":
             return []
+        if spec.model_type in _LINEAR_ROUTERS:
+            return [
+                f"PEFT adapts the router of `{spec.model_type}`, a linear layer, and not its experts: they stay frozen"
+            ]
         return [f"PEFT adapts neither the experts nor the router of `{spec.model_type}`: they stay frozen"]
     assert config.rank is not None
     warnings = []
@@ -72,6 +76,7 @@ def has_router_loss(spec: ModelSpec, config: TrainConfig) -> bool:
     return spec.output_router_logits or (config.stack == "trl" and spec.model_type in _HAVE_ROUTER_LOSS)
 
 
+_LINEAR_ROUTERS = frozenset({"gemma4_text"})
 _HAVE_ROUTER_LOSS = frozenset({"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 
 

@@ -47,14 +47,13 @@ class Shared:
             shared.mask = causal_mask(decoder, machine, dtype, window=windows["full_attention"])
         if "sliding_attention" in windows:
             shared.sliding_mask = causal_mask(decoder, machine, dtype, window=windows["sliding_attention"])
-        width = decoder.rotary_dim()
-        if width is not None:
-            table_dtype = decoder.shared_dtype(dtype)
-            kinds = decoder.rotary_kinds if decoder.sliding_layers_have_own_rotary else ["full_attention"]
-            if "full_attention" in kinds:
-                shared.cos, shared.sin = rotary_table(machine, tokens, width, table_dtype)
-            if "sliding_attention" in kinds:
-                shared.sliding_cos, shared.sliding_sin = rotary_table(machine, tokens, width, table_dtype)
+        table_dtype = decoder.shared_dtype(dtype)
+        kinds = decoder.rotary_kinds if decoder.sliding_layers_have_own_rotary else ["full_attention"]
+        full, sliding = (decoder.rotary_dim_of(kind) for kind in ("full_attention", "sliding_attention"))
+        if full is not None and "full_attention" in kinds:
+            shared.cos, shared.sin = rotary_table(machine, tokens, full, table_dtype)
+        if sliding is not None and "sliding_attention" in kinds:
+            shared.sliding_cos, shared.sliding_sin = rotary_table(machine, tokens, sliding, table_dtype)
         return shared
 
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memplan.architectures.decoder import Decoder
+from memplan.memory.carried import Crossing, Crossings
 from memplan.memory.optimizers import Plan
 from memplan.memory.program import EMPTY_CACHE, Link, Program, Round
 from memplan.memory.record import Stream, record_embedding, record_layer
@@ -79,18 +80,28 @@ class Composer:
         decoder, spec = self.decoder, self.decoder.spec
         embedding, shared_slots = record_embedding(decoder, accumulating=accumulating)
         stream = Stream(*embedding.out, embedding.out_requires_grad, is_leaf=embedding.holds_out)
-        made: dict[tuple[str, Stream, bool], Segment] = {}
+        made: dict[tuple[str, Stream, bool, Crossing], Segment] = {}
         shared_dtype = embedding.shared_dtype
         layers = []
+        crossings = Crossings(decoder, embedding)
         for index in range(spec.num_hidden_layers):
             keeps_x = index == 0 and embedding.keeps_out
-            key = decoder.layer_kind(index), stream, keeps_x
+            key = decoder.layer_kind(index), stream, keeps_x, crossings.of(index)
             if key not in made:
                 made[key] = record_layer(
-                    decoder, key[0], stream, shared_dtype, keeps_x=keeps_x, accumulating=accumulating
+                    decoder,
+                    key[0],
+                    stream,
+                    shared_dtype,
+                    crossing=key[3],
+                    keeps_x=keeps_x,
+                    accumulating=accumulating,
                 )
             layers.append(made[key])
+            crossings.carried.update(made[key].carried)
             stream = Stream(*made[key].out, made[key].out_requires_grad)
+        if layers[0].holds_dx:
+            embedding, shared_slots = record_embedding(decoder, accumulating=accumulating, dy_is_held=True)
         pieces = Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
         for index, slot in enumerate(shared_slots):
             if self._life_of_shared(pieces, index) != "forward":  # kept for backward, by layers that only borrow it
@@ -167,13 +178,17 @@ class Composer:
         # The model's forward returns: its locals go.
         program.play("forward", step, before, layers[-1].after_next)
         program.play("forward", step, e, embedding.after_model)
+        for f, layer in zip(frames, layers, strict=True):
+            if layer.after_model:
+                program.play("forward", step, f, layer.after_model)
         lives = [self._life_of_shared(pieces, i) for i in range(len(pieces.shared_slots))]
         frees_shared: dict[str, Tape] = {
             end: [(s, 0) for s, life in zip(pieces.shared_slots, lives, strict=True) if life == end]
             for end in ("forward", "layers", "positional")
         }
         program.play("forward", step, e, frees_shared["forward"])
-        if layers[0].x_dies == "model" and not embedding.holds_out:
+        keeps_out = embedding.holds_out or embedding.frees_out
+        if layers[0].x_dies == "model" and not keeps_out:
             program.play("forward", step, e, [(embedding.out_slot, 0)])
         self._play("loss", step, h, head.segment, head.loss)
         # The autocast block is left: its weight copies go, those that the graph does not keep.
@@ -185,25 +200,38 @@ class Composer:
 
         self._play("backward", step, h, head.segment, head.segment.backward)
         before, slot = h, head.segment.dx_slot
+        gradients: dict[str, tuple[int, int]] = {}
         for index in reversed(range(len(layers))):
             if slot < 0:
                 break
             f, layer = frames[index], layers[index]
-            tape = layer.backward
-            if f == frames[0] and embedding.holds_out:
-                tape = _without_x(tape)
-            between = [
-                (at - (layer.backward[:at].count((PORT_X, 0)) if tape is not layer.backward else 0), e, [(s, 0)])
-                for at, s in self._dying_shared(pieces, index, lives)
-            ]
-            self._play("backward", step, f, layer, tape, [(f, PORT_DY, before, slot)], between)
+            elsewhere = [PORT_X] if index == 0 and keeps_out else []
+            if index + 1 < len(layers) and layers[index + 1].holds_dx:
+                elsewhere.append(PORT_DY)
+            tape = _without(elsewhere, layer.backward)
+            dying = [(at, e, [(s, 0)]) for at, s in self._dying_shared(pieces, index, lives)]
+            if index == 0:  # with the last of the checkpoints goes what they share
+                dying += [
+                    (layer.checkpoint_dies, g, _without(elsewhere, other.after_stack) if g == f else other.after_stack)
+                    for g, other in zip(frames, layers, strict=True)
+                    if other.after_stack
+                ]
+            between = [(len(_without(elsewhere, layer.backward[:at])), frame, freed) for at, frame, freed in dying]
+            links = [(f, PORT_DY, before, slot)]
+            links += [(f, port, *gradients[name]) for name, port in layer.carried_ports.items()]
+            self._play("backward", step, f, layer, tape, links, between)
+            gradients |= {name: (f, made) for name, made in layer.carried_gradients.items()}
             before, slot = f, layer.dx_slot
         program.play("backward", step, e, frees_shared["positional"])
-        if slot >= 0:
-            links = [(e, PORT_DY, before, slot)]
+        if slot >= 0 or embedding.carried_ports:
+            links = [(e, port, *gradients[name]) for name, port in embedding.carried_ports.items()]
+            if slot >= 0:
+                links.append((e, PORT_DY, before, slot))
             if head.segment.tied_slot >= 0:
                 links.append((e, PORT_TIED, h, head.segment.tied_slot))
-            tape = embedding.backward
+            # a graph that reentrant checkpoints share outlives the embedding's, if the first layer is in it
+            outlived = embedding.frees_out and (PORT_X, 0) in layers[0].after_loss
+            tape = _without([embedding.out_slot] if outlived else [], embedding.backward)
             if self.config.reentrant:
                 tape = [event for event in tape if event not in frees_shared["layers"]]
             program.play("backward", step, e, tape, links)
@@ -217,32 +245,38 @@ class Composer:
         program.play(released, step, e, embedding.after_loss)
         for f, layer in zip(frames, layers, strict=True):
             if layer.after_loss:
-                held = f == frames[0] and embedding.holds_out  # the embedding lets go of what both keep
-                program.play(released, step, f, _without_x(layer.after_loss) if held else layer.after_loss)
+                # the embedding lets go of what both keep
+                elsewhere = [PORT_X] if f == frames[0] and embedding.holds_out else []
+                program.play(released, step, f, _without(elsewhere, layer.after_loss))
         self.loop.end_micro_step(step, h, head.segment.out_slot)
         pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
         return [(f, segment.gradients) for f, segment in pairs]
 
     def _dying_shared(self, pieces: Pieces, index: int, lives: list[str]) -> list[tuple[int, int]]:
-        """Position on the backward tape of layer `index`, and slot, of the shared tensors it is the last to hold."""
-        if self.config.reentrant:
-            return []
-        layers = pieces.layers
-        return [
-            (layers[index].shared_dies[i], slot)
-            for i, (slot, life) in enumerate(zip(pieces.shared_slots, lives, strict=True))
-            if life == "layers" and next(j for j, layer in enumerate(layers) if layer.keeps_shared[i]) == index
-        ]
+        """Position on the backward tape of layer `index`, and slot, of the shared tensors it is the last to hold: or
+        the first layer, of those that all checkpoints hold."""
+        layers, dying = pieces.layers, []
+        for i, (slot, life) in enumerate(zip(pieces.shared_slots, lives, strict=True)):
+            if life != ("arguments" if self.config.reentrant else "layers"):
+                continue
+            in_stack = any(layer.stack_keeps[i] for layer in layers)
+            if index == (0 if in_stack else next(j for j, layer in enumerate(layers) if layer.keeps_shared[i])):
+                dying.append((layers[0].checkpoint_dies if in_stack else layers[index].shared_dies[i], slot))
+        return dying
 
     def _life_of_shared(self, pieces: Pieces, index: int) -> str:
         """What lets go last of a tensor that all layers share: the model's forward, the layers' backward, or the
-        embedding's (positions, where they are learned)."""
+        embedding's (positions, where they are learned). Reentrant checkpoints save what they are given by position, and
+        let go of it one by one; what they are given by name they hold until the graph goes."""
         if pieces.embedding.keeps_shared[index] and not self.config.reentrant:
             return "embedding"
         by_position = self.config.reentrant and self.decoder.passes_mask_by_position
         if by_position and pieces.shared_slots[index] == pieces.embedding.mask_slot:
             return "positional"
-        return "layers" if any(layer.keeps_shared[index] for layer in pieces.layers) else "forward"
+        if not any(layer.keeps_shared[index] for layer in pieces.layers):
+            return "forward"
+        is_argument = index >= len(pieces.shared_slots) - len(pieces.embedding.carried)
+        return "arguments" if self.config.reentrant and is_argument else "layers"
 
     def _make_optimizer(self, held: Resident) -> int:
         """The frame of the optimizer's states; some are made by its constructor."""
@@ -262,6 +296,6 @@ class Composer:
             program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])
 
 
-def _without_x(tape: Tape) -> Tape:
-    """`tape` where another piece lets go of the hidden states that come in."""
-    return [event for event in tape if event != (PORT_X, 0)]
+def _without(slots: list[int], tape: Tape) -> Tape:
+    """`tape` where another piece lets go of what is in `slots`."""
+    return [event for event in tape if event[1] or event[0] not in slots] if slots else tape

@@ -61,6 +61,24 @@ class Segment:
     """dtype of the embeddings, for which masks and rotary tables are made."""
     mask_slot: int = -1
     """Slot of the attention mask among what the embedding's piece computes."""
+    carried: dict[str, Carried] = field(default_factory=dict)
+    """What it gives later pieces beside the hidden states."""
+    carried_slots: dict[str, int] = field(default_factory=dict)
+    """Slot of each of these, where the embedding gives it."""
+    carried_ports: dict[str, int] = field(default_factory=dict)
+    """Slots by which gradients of what is carried come in."""
+    carried_gradients: dict[str, int] = field(default_factory=dict)
+    """Slots in which they go on to the pieces before."""
+    after_stack: Tape = field(default_factory=list)
+    """What checkpoints share and let go of with the last of them, that of the first layer."""
+    stack_keeps: tuple[bool, ...] = ()
+    """Which of the shared tensors that holds."""
+    holds_dx: bool = False
+    """The gradient that goes on is held until the loss goes, with the graph of what reentrant checkpoints share."""
+    checkpoint_dies: int = -1
+    """Where on its backward tape the layer's own checkpoint goes."""
+    frees_out: bool = False
+    """What goes out is freed by this piece's backward, not by that of the next: its graph keeps it."""
     shared_dies: tuple[int, ...] = ()
     """Where on its backward tape the last handle on each of those goes; -1 if not there."""
     keeps_shared: tuple[bool, ...] = ()
@@ -73,11 +91,24 @@ class Segment:
     """What a layer's scaled_dot_product_attention runs; None where it has none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A tensor that crosses from a piece to later ones beside the hidden states (carried.py)."""
+
+    shape: Shape
+    dtype: DType
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Carried:
+        return cls(tensor.shape, tensor.dtype, tensor.requires_grad)
+
+
 class Recorder:
     """A machine with the ports in place, for the recording of one segment."""
 
-    def __init__(self, *, autocast: bool, device: Device) -> None:
-        self.machine = Machine(autocast=autocast, num_ports=NUM_PORTS, device=device)
+    def __init__(self, *, autocast: bool, device: Device, num_carried: int = 0) -> None:
+        self.machine = Machine(autocast=autocast, num_ports=NUM_PORTS + num_carried, device=device)
         self.port_sizes: dict[int, int] = {}
 
     def port_x(self, shape: Shape, dtype: DType, *, requires_grad: bool, is_leaf: bool = False) -> Tensor:
@@ -87,9 +118,7 @@ class Recorder:
         self.machine.kinds[PORT_X] = "activations"
         if requires_grad:
             x.requires_grad = True
-            x.node = Node(self.machine, _collect, [])
-            x.node.order = 2**62  # after every node of this segment
-            x.node.likes.append((shape, dtype))
+            x.node = collector(x)
         return x
 
     def port_dy(self, like: Tensor) -> Tensor:
@@ -99,12 +128,24 @@ class Recorder:
         self.machine.kinds[PORT_TIED] = "gradients"
         return self._port(PORT_TIED, like.shape, like.dtype)
 
+    def port_carried(self, number: int, like: Tensor) -> Tensor:
+        """The gradient that later readers of the carried tensor number `number` of this piece left."""
+        return self._port(NUM_PORTS + number, like.shape, like.dtype)
+
     def _port(self, slot: int, shape: Shape, dtype: DType) -> Tensor:
         storage = Storage(self.machine, 0, slot=slot)
         tensor = Tensor(storage, shape, dtype)
         storage.num_bytes = tensor.numel * dtype.itemsize
         self.port_sizes[slot] = storage.num_bytes
         return tensor
+
+
+def collector(of: Tensor) -> Node:
+    """A node where the gradient of what comes in ends up, as its `meta`: after every other node of the segment."""
+    node = Node(of.machine, _collect, [])
+    node.order = 2**62
+    node.likes.append((of.shape, of.dtype))
+    return node
 
 
 def _collect(node: Node, grads: GradList) -> Grads:

@@ -97,10 +97,14 @@ def checkpoint(forward: Forward, x: Tensor) -> Outputs:
         m.pack = before
 
 
-def checkpoint_reentrant(forward: Forward, x: Tensor) -> Outputs:
-    """forward(x), keeping only x (use_reentrant=True)."""
+def checkpoint_reentrant(
+    forward: Forward, x: Tensor, read: dict[str, Tensor] | None = None, names: tuple[str, ...] = ()
+) -> Outputs:
+    """forward(x), keeping only x (use_reentrant=True), and what `forward` finds in `read` by `names`: further
+    arguments."""
     m = x.machine
-    node = record(m, _reentrant_backward, (x,), (x,), meta=forward)
+    arguments = [x, *[read[name] for name in names]] if read else [x]
+    node = record(m, _reentrant_backward, arguments, arguments, meta=(forward, read, names))
     with m.no_grad():
         result = forward(x)
     if not isinstance(result, tuple):
@@ -112,11 +116,15 @@ def checkpoint_reentrant(forward: Forward, x: Tensor) -> Outputs:
 
 
 def _reentrant_backward(node: Node, grads: GradList) -> Grads:
-    m, forward = node.machine, node.meta
+    m, (forward, read, names) = node.machine, node.meta
     # torch.autograd.Function makes zeros of the gradients that its outputs did not get
     zeros = [m.empty(shape, dtype) for shape, dtype in node.likes[1:]]
-    x = node.unpack().detach()
+    leaves = [node.unpack(index).detach() for index in range(len(node.saved))]
+    for leaf, needed in zip(leaves, node.needs, strict=True):
+        leaf.requires_grad = leaf.is_leaf = needed
+    x = leaves[0]
     x.requires_grad = x.is_leaf = True
+    read |= zip(names, leaves[1:], strict=True)
     before, m.cast_cache = m.cast_cache, {}
     grad_was, m.grad_enabled = m.grad_enabled, True
     result = forward(x)
@@ -131,6 +139,8 @@ def _reentrant_backward(node: Node, grads: GradList) -> Grads:
             expect(result[1], [zeros[0].detach()])
         run_backward(result[0], [incoming(grads)])
     assert x.node is not None
-    grad = x.node.meta
-    x.node.meta = None
-    return (grad,)
+    grads_of = [None if leaf.node is None else leaf.node.meta for leaf in leaves]
+    for name in names:
+        del read[name]
+    # handles of their own: a leaf that outlives this call, in the graph of keys that layers share, keeps its gradient
+    return [None if grad is None else grad.detach() for grad in grads_of]

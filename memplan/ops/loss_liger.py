@@ -21,6 +21,7 @@ MODEL_TYPES = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
         "glm4",
         "gpt_oss",
         "llama",

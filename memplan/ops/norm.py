@@ -71,6 +71,27 @@ class OffsetRMSNorm:
 
 
 @dataclass(slots=True)
+class PowRMSNorm:
+    """gemma4's: x32 * (mean + eps) ** -0.5, times the weight in fp32 if there is one, then back
+    (models/gemma4/modeling_gemma4.py `Gemma4RMSNorm`)."""
+
+    weight: Parameter | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output = self._norm(to(x, DType.fp32))
+        if self.weight is not None:
+            output = mul(output, to(self.weight, DType.fp32))
+        return to(output, x.dtype)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        mean_squared = add_number(mean_last(pow_number(x)))
+        return mul(x, pow_number(mean_squared))
+
+    def parameters(self) -> list[Parameter]:
+        return [] if self.weight is None else [self.weight]
+
+
+@dataclass(slots=True)
 class CohereLayerNorm:
     """LayerNorm without bias, op by op in fp32 (models/cohere/modeling_cohere.py `CohereLayerNorm`)."""
 

@@ -115,6 +115,11 @@ def mul_number_in_place(x: Tensor) -> Tensor:
     return attach(record(x.machine, same_size_backward, (x,)), Tensor(x.storage, x.shape, x.dtype))
 
 
+def mul_in_place(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor, a tensor that needs no gradient: it is saved."""
+    return attach(record(x.machine, _mul_backward, (x, factor), (factor,)), Tensor(x.storage, x.shape, x.dtype))
+
+
 def same_size_backward(node: Node, grads: GradList) -> Grads:
     """One new tensor of the incoming gradient's size."""
     grad = incoming(grads)

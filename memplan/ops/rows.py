@@ -42,6 +42,13 @@ def index_rows(x: Tensor, index: Tensor) -> Tensor:
     return result_of(node, m, (index.shape[0], *x.shape[1:]), x.dtype)
 
 
+def index_elements(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] of a one-dimensional x: one element for each entry of the index."""
+    m = x.machine
+    node = record(m, _index_backward, (x,), (index,), meta=x.shape)
+    return result_of(node, m, index.shape, x.dtype)
+
+
 def index_last_heads(x: Tensor, shape: Shape) -> Tensor:
     """x[..., [i], :], a copy of `shape`; the index is a list, which goes to the device as a tensor."""
     m = x.machine
@@ -112,6 +119,16 @@ def _scatter_backward(node: Node, grads: GradList) -> Grads:
     out = node.machine.empty(node.meta, incoming(grads).dtype)
     del index
     return (out,)
+
+
+def select(x: Tensor, shape: Shape) -> Tensor:
+    """One entry of a dimension of x, a view of `shape`; backward writes into zeros of the whole (select_backward)."""
+    node = record(x.machine, _select_backward, (x,), meta=x.shape)
+    return attach(node, Tensor(x.storage, shape, x.dtype))
+
+
+def _select_backward(node: Node, grads: GradList) -> Grads:
+    return (node.machine.empty(node.meta, incoming(grads).dtype),)
 
 
 def masked_fill(x: Tensor, mask: Tensor) -> Tensor:

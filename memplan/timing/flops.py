@@ -128,14 +128,16 @@ def written_out_dtype(config: TrainConfig) -> DType:
 
 def attentions(spec: ModelSpec, config: TrainConfig, calls: Sequence[AttentionCall | None]) -> Iterator[AttentionWork]:
     """Attention of one micro-step; `calls` say what each layer runs, None for matrix products of the model's own.
-    Layers of equal window and kernel go together."""
+    Layers of equal window, kernel and heads go together."""
     written_out = AttentionCall("products", written_out_dtype(config), masked=True)
-    kinds = Counter((call or written_out, spec.layer_window(layer)) for layer, call in enumerate(calls))
+    kinds = Counter(
+        (call or written_out, spec.layer_window(layer), _head_widths(spec, layer)) for layer, call in enumerate(calls)
+    )
     tokens = config.seq_len
-    for (call, window), count in kinds.items():
+    for (call, window, widths), count in kinds.items():
         seen = tokens if call.masked or window is None else min(tokens, window)
         pairs = config.micro_batch_size * spec.num_attention_heads * tokens * seen
-        flops = 2 * pairs * (spec.qk_head_dim + spec.value_head_dim) * count
+        flops = 2 * pairs * widths * count
         if not call.masked and seen == tokens:
             flops //= 2
         backward = flops * 2 if call.kernel == "products" else flops * 5 // 2
@@ -143,3 +145,8 @@ def attentions(spec: ModelSpec, config: TrainConfig, calls: Sequence[AttentionCa
         yield AttentionWork(backward, call, count, tokens, "backward")
         if config.gradient_checkpointing:
             yield AttentionWork(flops, call, count, tokens, "recompute")
+
+
+def _head_widths(spec: ModelSpec, layer: int) -> int:
+    """Width of a query and key head and of a value head, together."""
+    return spec.qk_head_dim + spec.value_head_dim if spec.is_mla else 2 * spec.layer_head_dim(layer)

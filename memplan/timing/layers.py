@@ -12,7 +12,7 @@ from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 
 # Looked up by row, not multiplied: token and position tables as transformers 5.17 names them.
-_LOOKUP = re.compile(r"(^|\.)(embed_tokens|embed_positions|wte|wpe|word_embeddings|embed_in)\.")
+_LOOKUP = re.compile(r"(^|\.)(embed_tokens|embed_tokens_per_layer|embed_positions|wte|wpe|word_embeddings|embed_in)\.")
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _COPY = ".modules_to_save"
 

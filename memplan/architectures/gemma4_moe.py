@@ -1,0 +1,86 @@
+"""gemma4's experts, which every layer has beside its MLP: both are normed, and added.
+
+Source: transformers 5.17 models/gemma4/modeling_gemma4.py `Gemma4TextRouter`, `Gemma4TextExperts`. The router is a
+linear layer, which bitsandbytes quantises and PEFT adapts, between a norm and factors of its own; it reads what comes
+before the norm of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memplan.architectures.builder import Builder
+from memplan.ops.attention import softmax_fp32
+from memplan.ops.lora_parameter import BareParameter
+from memplan.ops.moe import Experts, Routing, gated
+from memplan.ops.norm import PowRMSNorm
+from memplan.ops.pointwise import add, mul, mul_number
+from memplan.ops.rows import divide_in_place, flatten_tokens, index_elements, sum_last, topk
+from memplan.ops.tensor import Parameter, Tensor
+
+if TYPE_CHECKING:
+    from memplan.architectures.gemma4 import Gemma4
+
+AddExperts = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""What came before the norm of the MLP, and what the MLP gave; the sum first, then what the layer holds until it
+returns."""
+
+
+@dataclass(slots=True)
+class Router:
+    """softmax over all experts in fp32, the best K made to sum to one, times a factor of each expert."""
+
+    scale: Parameter
+    per_expert_scale: Parameter
+    proj: Callable[[Tensor], Tensor]
+    top_k: int
+
+    def __call__(self, hidden_states: Tensor) -> Routing:
+        hidden_states = PowRMSNorm(None)(hidden_states)
+        hidden_states = mul_number(mul(hidden_states, self.scale))
+        expert_scores = self.proj(hidden_states)
+        router_probabilities = softmax_fp32(expert_scores)
+        top_k_weights, top_k_index = topk(router_probabilities, self.top_k)
+        top_k_weights = divide_in_place(top_k_weights, sum_last(top_k_weights))
+        top_k_weights = mul(top_k_weights, index_elements(self.per_expert_scale, top_k_index))
+        return router_probabilities, top_k_weights, top_k_index
+
+
+def router(build: Builder) -> Router:
+    spec = build.spec
+    scale = build.parameter("router.scale", (spec.hidden_size,))
+    per_expert_scale = build.parameter("router.per_expert_scale", (spec.num_experts,))
+    proj = build.linear("router.proj", spec.hidden_size, spec.num_experts)
+    return Router(scale, per_expert_scale, proj, spec.num_experts_per_tok)
+
+
+def experts(decoder: Gemma4, build: Builder) -> Experts:
+    spec = build.spec
+    num_experts, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    gate_up_proj = BareParameter(build.parameter("experts.gate_up_proj", (num_experts, 2 * width, hidden)))
+    down_proj = BareParameter(build.parameter("experts.down_proj", (num_experts, hidden, width)))
+    return Experts(num_experts, width, gate_up_proj, down_proj, gated(decoder.activation()))
+
+
+def add_experts(decoder: Gemma4, build: Builder) -> AddExperts:
+    """The part of the layer's forward under `enable_moe_block`."""
+    hidden = build.spec.hidden_size
+    route, run_experts = router(build), experts(decoder, build)
+    mlp_norm = decoder.norm(build, "post_feedforward_layernorm_1", hidden)
+    post_norm = decoder.norm(build, "post_feedforward_layernorm_2", hidden)
+    pre_norm = decoder.norm(build, "pre_feedforward_layernorm_2", hidden)
+
+    def forward(residual: Tensor, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        hidden_states_1 = mlp_norm(hidden_states)
+        hidden_states_flat = flatten_tokens(residual)
+        probabilities, top_k_weights, top_k_index = route(hidden_states_flat)
+        hidden_states_2 = pre_norm(hidden_states_flat)
+        hidden_states_2 = run_experts(hidden_states_2, top_k_index, top_k_weights)
+        hidden_states_2 = hidden_states_2.view(*residual.shape)
+        hidden_states_2 = post_norm(hidden_states_2)
+        total = add(hidden_states_1, hidden_states_2)
+        return total, probabilities, top_k_weights, top_k_index, hidden_states_1, hidden_states_2
+
+    return forward
