@@ -117,7 +117,7 @@ def verdicts(run: Estimate, cards: Iterable[GpuSpec]) -> dict[str, Verdict]:
     """
     said: dict[str, Verdict] = {}
     for card, here, beside in played_on(run, cards):
-        margin = band(here.tensor_bytes)
+        margin = band(here.config, here.tensor_bytes)
         if here.reserved_bytes + beside + margin <= card.memory_bytes:
             said[card.name] = "fits"
         else:

@@ -96,7 +96,7 @@ class Fitter:
         if self.fits(config):
             return "fits"
         made = self.estimate(config)
-        most = self._left(made) + band(made.tensor_bytes)
+        most = self._left(made) + band(made.config, made.tensor_bytes)
         return "too close to call" if made.spare_within(most) >= 0 else "does not fit"
 
     def fits(self, config: TrainConfig) -> bool:
@@ -110,7 +110,7 @@ class Fitter:
             known = self._short_by_two_micro_steps(config)
         if known is None:
             made = self.estimate(config)
-            left = self._left(made) - band(made.tensor_bytes)
+            left = self._left(made) - band(made.config, made.tensor_bytes)
             known = self._spares[config] = made.spare_within(left)
         return known
 
@@ -119,7 +119,7 @@ class Fitter:
         if config.gradient_accumulation_steps <= 2 or config in self._estimates:
             return None
         made = self.estimate(config.but(gradient_accumulation_steps=2))
-        left = self._left(made) - band(made.tensor_bytes)
+        left = self._left(made) - band(made.config, made.tensor_bytes)
         return left - made.tensor_bytes if made.tensor_bytes > left else None
 
     def room(self, made: Estimate) -> int:
@@ -241,7 +241,7 @@ def fit(
         gpu=fitter.gpu,
         verdict=verdict,
         capacity_bytes=fitter.room(made),
-        band_bytes=band(made.tensor_bytes),
+        band_bytes=band(made.config, made.tensor_bytes),
         suggestions=tuple(suggestions),
         largest=largest,
     )
@@ -283,7 +283,7 @@ def over_cards(
     for name in gpus.COMMON:
         fitter, run = _fitter(model, config, name, False, allocator, fields)
         made = fitter.estimate(run)
-        verdict, margin = fitter.verdict(run), band(made.tensor_bytes)
+        verdict, margin = fitter.verdict(run), band(made.config, made.tensor_bytes)
         reports.append(FitReport(made, fitter.gpu, verdict, fitter.room(made), margin, (), {}))
     return reports
 

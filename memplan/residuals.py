@@ -1,68 +1,55 @@
 """How far measured runs have gone beyond their predictions: the band inside which `fit` does not say yes.
 
-`data/residuals.json` is what `measured_excess` found over the shipped records before the last corrections, which those
-same runs led to: narrowed after each, the band would know only runs already explained. A test holds it against them.
+`data/residuals.json` is written by `python -m memplan.excess` from the shipped records, and only ever
+widened: corrections are led to by those same runs, and a band narrowed after each would know only what is explained.
 Small runs exceed by whole segments of the allocator (2 to 20 MiB), larger ones by a share of what they take.
+An int8 base has a band of its own: how many columns it keeps whole depends on the data, and no two layers keep as many.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
 
-from memplan.estimate import Estimate
-from memplan.memory.allocator import OutOfMemory
-from memplan.memory.allocator_config import AllocatorConfig
-from memplan.memory.simulate import simulate
+from memplan.train_config import TrainConfig
 from memplan.units import MIB
 
 LARGE_RUN_BYTES = 2048 * MIB
 """From here on the excess is a share: a segment is then less than 1 % of a run."""
+KINDS = ("int8", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """The most by which measured runs of one kind exceeded their predictions."""
+
+    share_of_large_runs: float
+    bytes_of_small_runs: int
+
+
+def kind(config: TrainConfig) -> str:
+    """Which band a run falls in; between stacks, methods and other bases the records show no difference to rely on."""
+    return "int8" if config.method == "qlora" and config.quant_type == "int8" else "other"
 
 
 @cache
-def _measured() -> dict[str, Any]:
+def bands() -> dict[str, Band]:
+    """By kind of run."""
     text = resources.files("memplan").joinpath("data/residuals.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return {name: Band(**found) for name, found in json.loads(text).items()}
 
 
-def band(num_bytes: int) -> int:
-    """Bytes that a run of about `num_bytes` of tensors may take beyond its prediction."""
-    measured = _measured()
-    share = measured["share_of_large_runs"]
-    return max(int(num_bytes * share), int(measured["bytes_of_small_runs"]))
+def band(config: TrainConfig, tensor_bytes: int) -> int:
+    """Bytes that a run of `tensor_bytes` may take beyond its prediction."""
+    found = bands()[kind(config)]
+    return max(int(tensor_bytes * found.share_of_large_runs), found.bytes_of_small_runs)
 
 
-def excess_bytes(made: Estimate, allocated_bytes: int, reserved_bytes: int | None) -> int:
-    """What a run took beyond its prediction, in either tier; `reserved_bytes` None where a limit held it down."""
-    reserved = 0 if reserved_bytes is None else reserved_bytes - made.reserved_bytes
-    return max(0, allocated_bytes - made.allocated_bytes, reserved)
-
-
-def excess_at_limit(made: Estimate, limit_bytes: int) -> int:
-    """For a run that ran out of memory under `limit_bytes`: how much less it would have to be for memplan to say so.
-
-    0 where it says so already; found to a thousandth of the limit.
-    """
-    for part in range(1000):
-        margin = limit_bytes * part // 1000
-        try:
-            simulate(made.program, replace(AllocatorConfig(), limit_bytes=limit_bytes - margin))
-        except OutOfMemory:
-            return margin
-    return limit_bytes
-
-
-def measured_excess(excesses: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """What `data/residuals.json` holds, from (tensor_bytes, excess bytes) of measured runs.
-
-    One band for all: between stacks, methods and bases the records show no difference to rely on.
-    """
+def measured_band(excesses: Iterable[tuple[int, int]]) -> Band:
+    """The band of measured runs of one kind, from (tensor_bytes, excess bytes) of each."""
     share, small = 0.0, 0
     for tensor_bytes, excess in excesses:
         if tensor_bytes < LARGE_RUN_BYTES:
@@ -70,4 +57,4 @@ def measured_excess(excesses: Iterable[tuple[int, int]]) -> dict[str, Any]:
         else:
             share = max(share, excess / tensor_bytes)
     # upwards: a band a hair too narrow would be one that a measured run exceeds
-    return {"share_of_large_runs": int(share * 10_000 + 1) / 10_000, "bytes_of_small_runs": small}
+    return Band(int(share * 10_000 + 1) / 10_000, small)

@@ -1,4 +1,4 @@
-"""Every shipped record replayed: how far memplan is from what an H200 measured, and that it stays so."""
+"""Every shipped record replayed: how far memplan is from what an H200 and an H100 measured, and that it stays so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from memplan.calibration.compare import Row
 from memplan.validation import Run, Validation, shipped_files
 from tests.shipped_records import shipped
 
-FILES = {"h200-before-freeze", "h200-drawn", "h200-limits", "h200-real"}
+FILES = {
+    "h100-drawn", "h100-expandable-segments", "h100-published", "h100-quick", "h200-before-freeze", "h200-drawn",
+    "h200-drawn-2", "h200-limits", "h200-max-split-size", "h200-published", "h200-real",
+}  # fmt: skip
 MOE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"}
 
 
@@ -39,8 +42,8 @@ def worst(found: list[Row]) -> Row:
 def test_every_record_is_replayed(validation: Validation) -> None:
     assert {path.stem for path in shipped_files()} >= FILES
     assert not validation.comparison.unpredicted
-    assert len(validation.runs) >= 500
-    assert len({run.family for run in validation.runs}) >= 30
+    assert len(validation.runs) >= 800
+    assert len({run.family for run in validation.runs}) >= 36
     assert {run.method for run in validation.runs} == {"full", "lora", "qlora"}
     assert {run.stack for run in validation.runs} == {"torch", "trainer", "trl"}
 
@@ -78,15 +81,25 @@ def test_each_method(validation: Validation, method: str) -> None:
 
 
 def test_int8_bases(validation: Validation) -> None:
-    """Outliers as expected of fresh weights: rather too many, never too few."""
+    """Outliers as expected of fresh weights: rather too many, never too few. But as many in each layer, so that the
+    allocator finds the places of one for the next, where really no two are alike."""
     runs = [run for run in validation.runs if is_int8(run)]
-    assert len(runs) == 16
+    assert len(runs) >= 35
     allocated = validation.rows("allocated", runs)
-    assert mean(allocated) <= 0.0025
-    assert all(-0.0005 <= row.error <= 0.025 for row in allocated), worst(allocated)
+    assert mean(allocated) <= 0.003
+    assert all(-0.0005 <= row.error <= 0.045 for row in allocated), worst(allocated)
     for tier in ("reserved", "process"):
-        assert mean(validation.rows(tier, runs)) <= 0.004, tier
-        assert abs(worst(validation.rows(tier, runs)).error) <= 0.015, tier
+        assert mean(validation.rows(tier, runs)) <= 0.008, tier
+        assert abs(worst(validation.rows(tier, runs)).error) <= 0.105, tier
+
+
+def test_other_settings_of_the_allocator(validation: Validation) -> None:
+    """Runs under PYTORCH_ALLOC_CONF, which the file's environment tells: all tiers to the byte."""
+    for file in ("h100-expandable-segments", "h200-max-split-size"):
+        assert (environment := validation.environments[file]) is not None and environment.allocator_conf
+        runs = [run for run in validation.runs if run.file == file]
+        assert runs
+        assert all(row.error == 0 for run in runs for row in run.rows), file
 
 
 def test_mixtures_of_experts(validation: Validation) -> None:

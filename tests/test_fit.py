@@ -65,7 +65,7 @@ def test_two_micro_steps_are_a_lower_bound_of_more(stack: str, method: str) -> N
 def test_a_run_of_many_micro_steps_gets_the_verdict_of_its_own_play() -> None:
     run = TrainConfig(method="full", gradient_accumulation_steps=8, seq_len=4096)
     made = estimate(MODEL, run, gpu="8GiB")
-    needed, margin = made.process_bytes, band(made.tensor_bytes)
+    needed, margin = made.process_bytes, band(made.config, made.tensor_bytes)
     answers = []
     for capacity in (needed + 2 * margin, needed + margin, needed // 2):
         fitter = Fitter(catalog.load(MODEL), gpus.get("8GiB"), AllocatorConfig(), capacity)
@@ -145,7 +145,7 @@ def test_loading_may_take_more_than_training() -> None:
     run: dict[str, Any] = {"method": "qlora", "stack": "torch", "seq_len": 16}
     made = estimate("bloom-7b1", gpu="8GiB", **run)
     loading = max(memory.peak_allocated_bytes for memory in made.simulation.phases[0].values())
-    assert loading > made.reserved_bytes + 4 * band(made.tensor_bytes)
+    assert loading > made.reserved_bytes + 4 * band(made.config, made.tensor_bytes)
     between = (loading + made.reserved_bytes) // 2 + made.beside_reserved_bytes
     report = fit("bloom-7b1", gpu=f"{between / GIB:.9f}GiB", **run)
     assert report.headroom_bytes > 0

@@ -299,7 +299,8 @@ def test_real_models_take_about_as_long_as_predicted() -> None:
     assert everything["p90"] <= 0.25
     assert abs(everything["bias"]) <= 0.05
     held_out = told["held_out"]["all"]
-    assert held_out["p90"] <= 0.25
+    assert held_out["median"] <= 0.10
+    assert held_out["p90"] <= 0.27
     assert abs(held_out["bias"]) <= 0.05
 
 

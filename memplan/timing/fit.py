@@ -33,25 +33,43 @@ WIDTHS = {"matmul": 0.1, "stream": 0.1, "kernel": 0.3}
 """How far (in logarithm) a constant may be expected from its start where that is known beforehand; 1 for the others."""
 LAUNCH_BOUND_WEIGHT = 0.3
 NAMES = tuple(field.name for field in dataclasses.fields(Constants))
+TOGETHER = {
+    "arithmetic": ("matmul", "matmul_fp32", "flash", "efficient", "attention_fp32"),
+    "bandwidth": ("stream", "dequantise", "blockwise"),
+    "host": tuple(name for name in NAMES if name.startswith(("launch_", "per_"))),
+}
+"""Constants that another machine shifts by one factor: its clocks, its memory, its processor. Few runs tell those, not
+each constant: fitted one by one on 22 runs of an H100, most of them launch-bound, the others came out 20 % too slow."""
+TOGETHER_WIDTHS = {"arithmetic": 0.1, "bandwidth": 0.1, "host": 0.5}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def fit(rows: Sequence[Row], gpu: GpuSpec, *, start: Constants | None = None) -> Constants:
-    """The constants under which `rows` come out best; which rows are launch-bound is judged by a first fit."""
+def fit(rows: Sequence[Row], gpu: GpuSpec, *, start: Constants | None = None, together: bool = False) -> Constants:
+    """The constants under which `rows` come out best; which rows are launch-bound is judged by a first fit.
+
+    Args:
+        together: move `start` by the factors of `TOGETHER` alone, not each constant.
+    """
     begin = constants = start or Constants()
     for _ in range(2):
-        constants = _fit(rows, gpu, begin, [_weight(row, gpu, constants) for row in rows])
+        constants = _fit(rows, gpu, begin, [_weight(row, gpu, constants) for row in rows], together=together)
     return constants
 
 
 def cross_validate(
-    rows: Sequence[Row], gpu: GpuSpec, *, start: Constants | None = None, num_folds: int = 4
+    rows: Sequence[Row],
+    gpu: GpuSpec,
+    *,
+    start: Constants | None = None,
+    together: bool = False,
+    num_folds: int = 4,
 ) -> dict[str, float]:
     """Errors of all rows, each predicted by constants that were fitted without its fold."""
     errors: list[float] = []
     for fold in range(num_folds):
         inside = [int(row.place * num_folds) == fold for row in rows]
-        constants = fit([row for row, out in zip(rows, inside, strict=True) if not out], gpu, start=start)
+        others = [row for row, out in zip(rows, inside, strict=True) if not out]
+        constants = fit(others, gpu, start=start, together=together)
         left = [row for row, out in zip(rows, inside, strict=True) if out]
         errors += [row.predict(gpu, constants).step_seconds / row.seconds - 1 for row in left]
     return _summary(errors)
@@ -62,36 +80,40 @@ def _weight(row: Row, gpu: GpuSpec, constants: Constants) -> float:
 
 
 def _fit(
-    rows: Sequence[Row], gpu: GpuSpec, start: Constants, row_weights: Sequence[float], *, num_rounds: int = 40
-) -> Constants:
+    rows: Sequence[Row], gpu: GpuSpec, start: Constants, row_weights: Sequence[float], *,
+    together: bool, num_rounds: int = 40,
+) -> Constants:  # fmt: skip
     import numpy as np
 
     trust = np.array(row_weights)
-    prior = np.array([(NOISE / WIDTHS.get(name, 1.0)) ** 2 for name in NAMES])
-
-    first = np.log(np.array([getattr(start, name) for name in NAMES]))
-    at, damping = first.copy(), 1e-2
+    groups = TOGETHER if together else {name: (name,) for name in NAMES}
+    widths = TOGETHER_WIDTHS if together else WIDTHS
+    prior = np.array([(NOISE / widths.get(name, 1.0)) ** 2 for name in groups])
+    logs = np.log(np.array([getattr(start, name) for name in NAMES]))
+    moves = np.array([[float(name in members) for members in groups.values()] for name in NAMES])
+    # A point is the logarithm of a factor for each group of constants.
+    at, damping = np.zeros(len(groups)), 1e-2
 
     def residuals(point: Any) -> Any:
-        constants = _constants(point)
+        constants = _constants(logs + moves @ point)
         return np.array([math.log(row.predict(gpu, constants).step_seconds / row.seconds) for row in rows])
 
     def loss(r: Any, point: Any) -> float:
         size = np.abs(r)
         huber = np.where(size < HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER))
-        return float((trust * huber).sum() + 0.5 * (prior * (point - first) ** 2).sum())
+        return float((trust * huber).sum() + 0.5 * (prior * point**2).sum())
 
     r = residuals(at)
     best = loss(r, at)
     for _ in range(num_rounds):
-        jacobian = np.empty((len(rows), len(NAMES)))
-        for index in range(len(NAMES)):
+        jacobian = np.empty((len(rows), len(groups)))
+        for index in range(len(groups)):
             moved = at.copy()
             moved[index] += 1e-4
             jacobian[:, index] = (residuals(moved) - r) / 1e-4
         weights = trust * np.minimum(1.0, HUBER / np.maximum(np.abs(r), 1e-12))
         hessian = jacobian.T @ (weights[:, None] * jacobian) + np.diag(prior)
-        gradient = jacobian.T @ (weights * r) + prior * (at - first)
+        gradient = jacobian.T @ (weights * r) + prior * at
         before = best
         for _ in range(12):
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)
@@ -104,7 +126,7 @@ def _fit(
             damping *= 4
         if before - best < 1e-4 * before:
             break
-    return _constants(at)
+    return _constants(logs + moves @ at)
 
 
 def _constants(point: Any) -> Constants:

@@ -53,8 +53,8 @@ def fit_for(gpu: GpuSpec) -> Fit:
 def learn(file: RecordFile) -> Fit:
     """Constants of the GPU that `file` was measured on.
 
-    The start is what was measured on the H200, and each constant moves as far as the runs pull it. The errors are
-    those of runs left out in turn. Runs of models that memplan has no family for are left out.
+    The start is what was measured on the H200; arithmetic, bandwidth and host each move by one factor, as far as the
+    runs pull it. The errors are those of runs left out in turn. Runs of models without a family are left out.
 
     Raises:
         MemplanError: the GPU is not in the table, its peaks are not known, or too little was measured.
@@ -76,9 +76,10 @@ def learn(file: RecordFile) -> Fit:
     if len(rows) < MIN_ROWS:
         raise MemplanError(f"too few runs with a step to go by: {len(rows)}, and it takes {MIN_ROWS}")
     start = shipped().constants
-    constants = fit(rows, card, start=start)
+    constants = fit(rows, card, start=start, together=True)
     source = f"your calibration of {environment.date}, {len(rows)} runs on {environment.gpu}"
-    return Fit(card.name, constants, source, cross_validate(rows, card, start=start))
+    errors = cross_validate(rows, card, start=start, together=True)
+    return Fit(card.name, constants, source, errors)
 
 
 def save(fit: Fit, product: str) -> Path:
