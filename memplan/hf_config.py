@@ -41,6 +41,8 @@ _PLAIN = (
     "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size",
     "first_k_dense_replace", "decoder_sparse_step",
     "mlp_only_layers", "n_group", "topk_group", "topk_method", "norm_topk_prob", "output_router_logits",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim",
     "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
     "vocab_size_per_layer_input", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip

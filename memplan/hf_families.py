@@ -14,7 +14,9 @@ from typing import Any, Literal
 # "every": all of them as soon as `sliding_window` is set.
 # "upper": those from `max_window_layers` on, if `use_sliding_window`.
 # an integer n: all but each n-th. `layer_types`, where given, wins over the last two.
-Sliding = Literal["none", "every", "upper", "no_rope", "qwen2_moe"] | int
+# "linear" is no sliding: layers with linear attention, all but each fourth (`full_attention_interval`) without
+# `layer_types`.
+Sliding = Literal["none", "every", "upper", "no_rope", "qwen2_moe", "linear"] | int
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="every"),
     "qwen2_moe": Family(keys={"attention_bias": "qkv_bias"}, sliding="qwen2_moe"),
+    "qwen3_next": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="linear", rotary_factor=0.25),
     "gpt_oss": Family(
         keys=_ALL_FOUR | {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
         fixed={"mlp_bias": True},
@@ -210,7 +213,6 @@ _STATE_SPACE = "it has state-space layers"
 # Families of transformers 5.17 that are asked for and not modelled: why, and the nearest that is.
 NOT_MODELLED: dict[str, tuple[str, str]] = {
     "llama4_text": ("its experts multiply their inputs by the router and its layers attend in chunks", "llama"),
-    "qwen3_next": (_LINEAR_ATTENTION, "qwen3_moe"),
     "qwen3_5_text": (_LINEAR_ATTENTION, "qwen3"),
     "qwen3_5_moe_text": (_LINEAR_ATTENTION, "qwen3_moe"),
     "kimi_linear": (_LINEAR_ATTENTION, "deepseek_v3"),

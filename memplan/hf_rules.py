@@ -44,6 +44,8 @@ def fill_sliding(fields: dict[str, Any], config: Mapping[str, Any], family: Fami
     num_layers = _whole(fields, "num_hidden_layers")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     types = config.get("layer_types") if family.sliding not in ("none", "every") else None
+    if types is None and family.sliding == "linear":
+        types = _linear_layers(config, num_layers)
     if types is None:
         slides = _sliding_rule(config, family, num_layers, window is not None)
         types = ["sliding_attention" if slide else "full_attention" for slide in slides]
@@ -86,6 +88,13 @@ def _no_rope_layers(config: Mapping[str, Any], num_layers: int) -> list[int]:
     if type(interval) is not int or interval < 1:
         raise InvalidSpecError("`no_rope_layer_interval` is not a whole number above zero")
     return [int((i + 1) % interval != 0) for i in range(min(num_layers, MAX_LAYERS))]
+
+
+def _linear_layers(config: Mapping[str, Any], num_layers: int) -> list[str]:
+    interval = config.get("full_attention_interval", 4)
+    if type(interval) is not int or interval < 1:
+        raise InvalidSpecError("`full_attention_interval` is not a whole number above zero")
+    return ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(min(num_layers, MAX_LAYERS))]
 
 
 def fill_rotary(fields: dict[str, Any], config: Mapping[str, Any], family: Family) -> None:

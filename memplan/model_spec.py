@@ -17,13 +17,17 @@ from memplan.errors import InvalidSpecError
 from memplan.hf_config import canonical_fields, read_config
 from memplan.hf_rules import MAX_LAYERS
 
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 _LEARNED_POSITIONS = frozenset({"gpt2", "gptj", "mpt", "opt"})
 """Model types that keep a table of `max_position_embeddings` rows (of sines in gptj, of biases in mpt)."""
 _SPARSE = frozenset({"mixtral", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe"})
 """Model types whose layers have experts whatever their number; the qwen ones are dense without."""
 
+_LINEAR = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)  # fmt: skip
 # Bounds keep a typing mistake (or a hostile file) from becoming an estimate of petabytes or a loop of
 # hours; each lies at least eightfold above the largest model published.
 MAX_WIDTH = 2**20
@@ -92,6 +96,16 @@ class ModelSpec(BaseModel):
     """Window of the sliding layers, in tokens; None when no layer slides."""
     layer_types: tuple[LayerType, ...] = Field((), max_length=MAX_LAYERS)
     """Attention of each layer; empty when all are full."""
+    linear_num_key_heads: int = Field(0, ge=0, le=MAX_WIDTH)
+    """qwen3_next: heads of queries and keys in layers with linear attention."""
+    linear_num_value_heads: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Heads of values there, a multiple of those of keys."""
+    linear_key_head_dim: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Width of a query or key head there."""
+    linear_value_head_dim: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Width of a value head there."""
+    linear_conv_kernel_dim: int = Field(0, ge=0, le=MAX_WIDTH)
+    """Tokens that the short convolution before them sees."""
     rotary_dim: int | None = Field(None, ge=0, le=MAX_WIDTH)
     """Leading elements of each head that are rotated; None is the whole head."""
     no_rope_layers: tuple[int, ...] = Field((), max_length=MAX_LAYERS)
@@ -210,6 +224,15 @@ class ModelSpec(BaseModel):
                 raise ValueError(f"`{name}` has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("`layer_types` names sliding layers, but `sliding_window` is not given")
+        if "linear_attention" in self.layer_types:
+            for name in _LINEAR:
+                if not getattr(self, name):
+                    raise ValueError(f"`layer_types` names linear attention, but `{name}` is not given")
+            if self.linear_num_value_heads % self.linear_num_key_heads:
+                raise ValueError(
+                    f"`linear_num_value_heads` ({self.linear_num_value_heads}) must be a multiple of "
+                    f"`linear_num_key_heads` ({self.linear_num_key_heads})"
+                )
         if self.rotary_dim is not None and self.rotary_dim > self.head_dim:
             raise ValueError(f"`rotary_dim` ({self.rotary_dim}) is above `head_dim` ({self.head_dim})")
         if self.model_type in _LEARNED_POSITIONS and self.max_position_embeddings is None:
@@ -268,6 +291,10 @@ class ModelSpec(BaseModel):
     def shares_kv(self, layer: int) -> bool:
         """Whether layer `layer` takes its keys and values from an earlier one."""
         return layer >= self.num_hidden_layers - self.num_kv_shared_layers
+
+    def is_linear_layer(self, layer: int) -> bool:
+        """Whether layer `layer` has linear attention."""
+        return bool(self.layer_types) and self.layer_types[layer] == "linear_attention"
 
     def has_rope(self, layer: int) -> bool:
         """Whether layer `layer` rotates queries and keys (smollm3 leaves some out)."""

@@ -111,16 +111,21 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
         {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 64},
         {"model_type": "smollm3", "no_rope_layer_interval": 3},
         {"model_type": "qwen2_moe", "use_sliding_window": True, "sliding_window": 64},
+        {"model_type": "qwen3_next", "num_hidden_layers": 7},
+        {"model_type": "qwen3_next", "num_hidden_layers": 7, "full_attention_interval": 3},
+        {"model_type": "qwen3_next", "num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]},
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
 def test_sliding_layers_and_rope_flags_are_those_the_config_class_derives(config: dict[str, Any]) -> None:
     spec, real = ModelSpec.from_hf_config(config), real_config(config)
     assert spec.sliding_layers == tuple(i for i, kind in enumerate(real.layer_types) if kind == "sliding_attention")
+    layers = range(spec.num_hidden_layers)
+    assert [spec.is_linear_layer(i) for i in layers] == [kind == "linear_attention" for kind in real.layer_types]
     if spec.sliding_layers:
         assert spec.sliding_window == real.sliding_window
         assert spec.layer_window(spec.sliding_layers[0]) == real.sliding_window
-    assert [spec.has_rope(i) for i in range(spec.num_hidden_layers)] == [
+    assert [spec.has_rope(i) for i in layers] == [
         bool(flag) for flag in getattr(real, "no_rope_layers", None) or [1] * spec.num_hidden_layers
     ]
 
@@ -349,6 +354,8 @@ def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, "`sliding_window` is not given"),
         ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "1 entries for 26 layers"),
         ({"model_type": "gemma2", "layer_types": ["linear_attention"] * 26}, "`layer_types"),
+        ({"model_type": "qwen3_next", "linear_num_key_heads": 3}, "`linear_num_value_heads` (32) must be a multiple"),
+        ({"model_type": "qwen3_next", "full_attention_interval": 0}, "`full_attention_interval` is not"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "`num_experts_per_tok` (9)"),
         ({"model_type": "deepseek_v2"}, "`num_experts_per_tok` (0)"),
         ({"model_type": "gpt2", "n_embd": 768, "hidden_size": 1024}, "contradict each other"),

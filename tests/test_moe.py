@@ -17,7 +17,17 @@ from memplan.train_config import TrainConfig
 from tests.oracle.configs import CONFIGS
 from tests.oracle.model import build
 
-FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe")
+FAMILIES = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "qwen3_next",
+)
 PROJECTIONS = ("q_proj", "kv_b_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -122,7 +132,12 @@ def test_the_load_balancing_loss_keeps_one_tensor_of_routing_a_layer() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_experts_cost_weights_and_little_else(family: str) -> None:
     """Tokens are sorted and multiplied together, so activations do not grow with the number of experts."""
-    key = {"qwen3_moe": "num_experts", "qwen2_moe": "num_experts", "olmoe": "num_experts"}.get(family)
+    key = {
+        "qwen3_moe": "num_experts",
+        "qwen2_moe": "num_experts",
+        "olmoe": "num_experts",
+        "qwen3_next": "num_experts",
+    }.get(family)
     key = key or ("n_routed_experts" if family.startswith(("deepseek", "glm")) else "num_local_experts")
 
     def activations(num_experts: int) -> int:

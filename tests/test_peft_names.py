@@ -18,6 +18,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {**GATED, "num_local_experts": 4},
     "qwen2_moe": {**GATED, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**GATED, **EXPERTS, "num_experts": 4, "head_dim": 16},
+    "qwen3_next": {
+        **GATED, **EXPERTS, "num_experts": 4, "head_dim": 16, "shared_expert_intermediate_size": 48,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+        "full_attention_interval": 2,
+    },
     "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {**GATED, "num_local_experts": 4, "head_dim": 16},
     "deepseek_v3": {
@@ -42,6 +47,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "mixtral": ("w1", "w2", "w3", "w1,w3", "block_sparse_moe.gate", "experts.0.w2", "gate_up_proj", "down_proj"),
     "qwen2_moe": ("gate", "gate_proj", "experts", "shared_expert_gate", "down_proj"),
     "qwen3_moe": FUSED,
+    "qwen3_next": (*FUSED, "in_proj_qkvz", "in_proj_ba,q_proj", "shared_expert_gate", "linear_attn", "A_log", "conv1d"),
     "olmoe": FUSED,
     "gpt_oss": ("q_proj", "router", "experts", "gate_up_proj"),
     "deepseek_v3": FUSED,

@@ -115,6 +115,36 @@ def test_mixtral_computes_with_its_active_parameters() -> None:
     assert forward / (2 * work.tokens) == pytest.approx(12.9e9, rel=0.02)
 
 
+@pytest.mark.oracle
+def test_a_gated_delta_rule_multiplies_as_the_code_of_transformers_does() -> None:
+    """torch counts no triangular solve; backward leaves out what the first chunk reads and the last one writes."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    spec = ModelSpec.from_hf_config(CONFIGS["qwen3_next"])
+    config = TrainConfig(method="full", stack="torch", micro_batch_size=2, seq_len=64 * 100)
+    rows = 2 * config.seq_len * spec.linear_num_value_heads
+    key, value = spec.linear_key_head_dim, spec.linear_value_head_dim
+    solves = rows * 64 * (key + value)
+
+    def made(*widths: int) -> torch.Tensor:
+        shape = (2, config.seq_len, spec.linear_num_value_heads, *widths)
+        return torch.empty(shape, device="meta", requires_grad=True)
+
+    counted = []
+    with FlopCounterMode(display=False) as counter:
+        out, _ = torch_chunk_gated_delta_rule(
+            made(key), made(key), made(value), made(), made(), use_qk_l2norm_in_kernel=True
+        )
+        counted.append(counter.get_total_flops())
+        out.sum().backward()
+        counted.append(counter.get_total_flops() - counted[0])
+    forward, backward = (w.flops for w in attentions(spec, config, [None]))
+    assert forward == counted[0] + solves
+    assert backward == pytest.approx(counted[1] + solves, rel=0.02)
+
+
 def test_checkpointing_adds_one_forward_of_the_layers() -> None:
     plain = work_of("llama-7b", method="lora", stack="torch", seq_len=512)
     saved = work_of("llama-7b", method="lora", stack="torch", seq_len=512, gradient_checkpointing=True)

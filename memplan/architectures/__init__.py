@@ -53,6 +53,7 @@ FAMILIES = Families(
         "mixtral": ("moe", "Mixtral"),
         "qwen3_moe": ("moe", "Qwen3Moe"),
         "qwen2_moe": ("moe", "Qwen2Moe"),
+        "qwen3_next": ("qwen3_next", "Qwen3Next"),
         "olmoe": ("moe", "Olmoe"),
         "gpt_oss": ("gpt_oss", "GptOss"),
         "deepseek_v2": ("deepseek", "DeepseekV2"),

@@ -90,6 +90,9 @@ class Decoder(ABC):
         passes by position, which a checkpoint saves as its inputs."""
         return ()
 
+    def make_other_masks(self, machine: Machine) -> None:  # noqa: B027  most models make none
+        """What the model allocates for masks beside those of attention, and lets go of."""
+
     def shared_of(self, kind: str, shared: Shared) -> Shared:
         """What a layer of `kind` is given of the shared tensors."""
         return shared.sliding() if kind.startswith("sliding") else shared.full()

@@ -43,15 +43,17 @@ def outlier_columns(spec: ModelSpec, config: TrainConfig, name: str, in_features
     """
     tokens = config.tokens_per_micro_batch
     deviation = spec.initializer_range * math.sqrt(spec.hidden_size * variance)
-    if name.endswith(_ATTENTION_OUT):
+    if name.endswith("linear_attn.out_proj"):  # normed, times silu of the gate
+        p = _of_activation("silu", deviation, 1.0)
+    elif name.endswith(_ATTENTION_OUT):
         by_row = (_beyond(THRESHOLD * math.sqrt(t) / deviation) for t in range(1, config.seq_len + 1))
         # ever less, and 0 to the machine after some dozens
         logs = (math.log1p(-min(p, _SURE)) for p in takewhile(bool, by_row))
         return round(in_features * -math.expm1(config.micro_batch_size * sum(logs)))
-    if name.endswith(_MLP_OUT):
-        p = _of_activation(spec.hidden_act, deviation, gated=False)
+    elif name.endswith(_MLP_OUT):
+        p = _of_activation(spec.hidden_act, deviation)
     elif name.endswith("down_proj"):
-        p = _of_activation(spec.hidden_act, deviation, gated=True)
+        p = _of_activation(spec.hidden_act, deviation, deviation)
     else:
         p = _beyond(THRESHOLD / math.sqrt(variance)) if variance else 0.0
     return round(in_features * -math.expm1(tokens * math.log1p(-min(p, _SURE))))
@@ -66,8 +68,8 @@ def _beyond(z: float) -> float:
 
 
 @cache
-def _of_activation(name: str, deviation: float, *, gated: bool) -> float:
-    """P(|act(g)| >= 6), or P(|act(g) u| >= 6), for g and u normal of that deviation."""
+def _of_activation(name: str, deviation: float, factor: float | None = None) -> float:
+    """P(|act(g)| >= 6), or P(|act(g) u| >= 6), for g normal of that deviation and u of the deviation `factor`."""
     act = _ACTIVATIONS.get(name, _gelu)
     step = 2.0 * _DEVIATIONS / _POINTS
     total = 0.0
@@ -75,8 +77,8 @@ def _of_activation(name: str, deviation: float, *, gated: bool) -> float:
         z = -_DEVIATIONS + number * step
         size = abs(act(z * deviation))
         reaches = float(size >= THRESHOLD)
-        if gated:
-            reaches = _beyond(THRESHOLD / (size * deviation)) if size else 0.0
+        if factor is not None:
+            reaches = _beyond(THRESHOLD / (size * factor)) if size else 0.0
         total += reaches * math.exp(-z * z / 2.0)
     return total * step / math.sqrt(2.0 * math.pi)
 

@@ -77,7 +77,7 @@ def has_router_loss(spec: ModelSpec, config: TrainConfig) -> bool:
 
 
 _LINEAR_ROUTERS = frozenset({"gemma4_text"})
-_HAVE_ROUTER_LOSS = frozenset({"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+_HAVE_ROUTER_LOSS = frozenset({"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"})
 
 
 def _router_loss(spec: ModelSpec, config: TrainConfig) -> list[str]:

@@ -20,6 +20,7 @@ _MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "
 _CONVERTED: dict[str, dict[str, str]] = {
     "mixtral": _MIXTRAL,
     "qwen3_moe": _GATED,
+    "qwen3_next": _GATED,
     "olmoe": _GATED,
     "deepseek_v2": _GATED,
     "deepseek_v3": _GATED,

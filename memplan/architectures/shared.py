@@ -47,6 +47,7 @@ class Shared:
             shared.mask = causal_mask(decoder, machine, dtype, window=windows["full_attention"])
         if "sliding_attention" in windows:
             shared.sliding_mask = causal_mask(decoder, machine, dtype, window=windows["sliding_attention"])
+        decoder.make_other_masks(machine)
         table_dtype = decoder.shared_dtype(dtype)
         kinds = decoder.rotary_kinds if decoder.sliding_layers_have_own_rotary else ["full_attention"]
         full, sliding = (decoder.rotary_dim_of(kind) for kind in ("full_attention", "sliding_attention"))

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from memplan.dtypes import DType
 from memplan.ops.autocast import high
 from memplan.ops.autograd import Grads, Node, record, result_of, save_result
-from memplan.ops.pointwise import GradList, add_number, incoming, mean_last, mul, pow_number, rsqrt, sub, to
+from memplan.ops.pointwise import (
+    GradList,
+    add_number,
+    incoming,
+    mean_last,
+    mul,
+    pow_number,
+    rsqrt,
+    saves_input,
+    sub,
+    to,
+)
 from memplan.ops.tensor import Parameter, Tensor
 
 
@@ -89,6 +100,26 @@ class PowRMSNorm:
 
     def parameters(self) -> list[Parameter]:
         return [] if self.weight is None else [self.weight]
+
+
+@dataclass(slots=True)
+class GatedRMSNorm:
+    """qwen3_next's of linear attention: weight * (x32 * rstd).to(d), times silu(gate) in fp32, then back
+    (models/qwen3_next/modeling_qwen3_next.py `Qwen3NextRMSNormGated`)."""
+
+    weight: Parameter
+
+    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = to(x, DType.fp32)
+        variance = mean_last(pow_number(x))
+        x = mul(x, rsqrt(add_number(variance)))
+        x = mul(self.weight, to(x, dtype))
+        x = mul(x, saves_input(to(gate, DType.fp32)))
+        return to(x, dtype)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight]
 
 
 @dataclass(slots=True)

@@ -23,14 +23,23 @@ _SCAN_BYTES = 1023
 
 
 def flatten_tokens(x: Tensor) -> Tensor:
-    """x.view(-1, x.shape[-1]): a view with a node of its own, so that gradients meet there and come back as a view."""
-    node = record(x.machine, _view_backward, (x,), meta=x.shape)
-    return attach(node, Tensor(x.storage, (x.numel // x.shape[-1], x.shape[-1]), x.dtype))
+    """x.view(-1, x.shape[-1])"""
+    return view_as(x, (x.numel // x.shape[-1], x.shape[-1]))
+
+
+def view_as(x: Tensor, shape: Shape, *, copies_gradient: bool = False) -> Tensor:
+    """x.view(shape): a view with a node of its own, so that gradients meet there and come back as a view, or as a copy
+    where they do not lie as x does."""
+    node = record(x.machine, _view_backward, (x,), meta=(x.shape, copies_gradient))
+    return attach(node, Tensor(x.storage, shape, x.dtype))
 
 
 def _view_backward(node: Node, grads: GradList) -> Grads:
     grad = incoming(grads)
-    view = Tensor(grad.storage, node.meta, grad.dtype)
+    shape, copies = node.meta
+    if copies:
+        return (node.machine.empty(shape, grad.dtype),)
+    view = Tensor(grad.storage, shape, grad.dtype)
     view.is_reshaped = True
     return (view,)
 

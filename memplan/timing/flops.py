@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from memplan.dtypes import DType
 from memplan.model_spec import ModelSpec
+from memplan.ops.delta_rule import CHUNK_SIZE
 from memplan.ops.loss_liger import builds_logits
 from memplan.ops.tensor import AttentionCall
 from memplan.timing.layers import Linear
@@ -130,8 +131,13 @@ def attentions(spec: ModelSpec, config: TrainConfig, calls: Sequence[AttentionCa
     """Attention of one micro-step; `calls` say what each layer runs, None for matrix products of the model's own.
     Layers of equal window, kernel and heads go together."""
     written_out = AttentionCall("products", written_out_dtype(config), masked=True)
+    num_linear = sum(spec.is_linear_layer(layer) for layer in range(len(calls)))
+    if num_linear:
+        yield from _delta_rules(spec, config, written_out, num_linear)
     kinds = Counter(
-        (call or written_out, spec.layer_window(layer), _head_widths(spec, layer)) for layer, call in enumerate(calls)
+        (call or written_out, spec.layer_window(layer), _head_widths(spec, layer))
+        for layer, call in enumerate(calls)
+        if not spec.is_linear_layer(layer)
     )
     tokens = config.seq_len
     for (call, window, widths), count in kinds.items():
@@ -150,3 +156,18 @@ def attentions(spec: ModelSpec, config: TrainConfig, calls: Sequence[AttentionCa
 def _head_widths(spec: ModelSpec, layer: int) -> int:
     """Width of a query and key head and of a value head, together."""
     return spec.qk_head_dim + spec.value_head_dim if spec.is_mla else 2 * spec.layer_head_dim(layer)
+
+
+def _delta_rules(spec: ModelSpec, config: TrainConfig, call: AttentionCall, num_layers: int) -> Iterator[AttentionWork]:
+    """The gated delta rule (ops/delta_rule.py) of `num_layers` layers, by chunks of C tokens. For each token and value
+    head, K and V being the widths of a key and of a value: products 4CK + 6KV + 2CV, triangular solves C(K + V).
+    Backward is two products for each product, and a solve and a product (2C(K + V)) for each solve."""
+    chunk, key, value = CHUNK_SIZE, spec.linear_key_head_dim, spec.linear_value_head_dim
+    tokens = -(-config.seq_len // chunk) * chunk
+    rows = config.micro_batch_size * tokens * spec.linear_num_value_heads * num_layers
+    products = rows * (4 * chunk * key + 6 * key * value + 2 * chunk * value)
+    solves = rows * chunk * (key + value)
+    yield AttentionWork(products + solves, call, num_layers, config.seq_len, "forward")
+    yield AttentionWork(2 * products + 3 * solves, call, num_layers, config.seq_len, "backward")
+    if config.gradient_checkpointing:
+        yield AttentionWork(products + solves, call, num_layers, config.seq_len, "recompute")

@@ -13,6 +13,8 @@ from memplan.train_config import TrainConfig
 
 # Looked up by row, not multiplied: token and position tables as transformers 5.17 names them.
 _LOOKUP = re.compile(r"(^|\.)(embed_tokens|embed_tokens_per_layer|embed_positions|wte|wpe|word_embeddings|embed_in)\.")
+# Weights of convolutions of each channel by itself, which are no matrices.
+_CONVOLUTION = re.compile(r"\.conv1d\.")
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _COPY = ".modules_to_save"
 
@@ -63,7 +65,9 @@ def _each(weights: list[Weight], spec: ModelSpec, config: TrainConfig) -> Iterat
     copied = {w.name.replace(_COPY, "") for w in weights if _COPY in w.name}
     bare = {base for w in weights if (base := w.name.partition(".lora_A")[0]) != w.name and base in by_name}
     for w in weights:
-        if w.buffer or len(w.shape) not in (2, 3) or w.name in copied or _LOOKUP.search(w.name):
+        if w.buffer or len(w.shape) not in (2, 3) or w.name in copied:
+            continue
+        if _LOOKUP.search(w.name) or _CONVOLUTION.search(w.name):
             continue
         base = w.name.partition(".lora_")[0]
         if base in bare and base != w.name:

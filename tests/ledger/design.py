@@ -27,7 +27,7 @@ CANDIDATES = 24
 WITHOUT_SDPA = ("gptj", "bloom", "mpt", "gpt_oss")
 """`_supports_sdpa` is off in their transformers 5.17 classes: eager is what they run, whatever is asked."""
 
-WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 """`all-linear` reaches their experts (peft/utils/transformers_weight_conversion.py), which are bare parameters."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,6 +74,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_biased": ("glm4", {"attention_bias": True}),
     "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None}),
     "qwen3_moe_dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "qwen3_next_equal_heads": ("qwen3_next", {"linear_num_key_heads": 4, "mlp_only_layers": [0]}),
+    "qwen3_next_one_key_head": ("qwen3_next", {"linear_num_key_heads": 1, "attention_bias": True}),
 }
 """Members of families that are built otherwise than the others."""
 

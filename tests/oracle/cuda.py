@@ -49,6 +49,7 @@ def scalar_values(padding: bool) -> Callable[[torch.Tensor], Any]:
         "find_packed_sequence_indices": True,
         "_ignore_causal_mask_sdpa": not padding,
         "_ignore_bidirectional_mask_sdpa": not padding,
+        "create_recurrent_attention_mask": not padding,
     }
 
     def scalar_value(tensor: torch.Tensor) -> Any:
