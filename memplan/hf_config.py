@@ -56,7 +56,7 @@ _HEADS_OF_FULL_LAYERS = ("global_head_dim", "num_global_key_value_heads", "per_l
 _FURTHER_KEYS = {
     "gemma3_text": ("sliding_window_pattern",),
     "gemma4_text": ("enable_moe_block", *_HEADS_OF_FULL_LAYERS),
-    "gemma4_unified_text": _HEADS_OF_FULL_LAYERS,
+    "gemma4_unified_text": ("use_bidirectional_attention", *_HEADS_OF_FULL_LAYERS),
     "mpt": ("attn_config",),
 }
 _CATALOGUE: dict[str, type] = {
@@ -164,6 +164,8 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if part_of is not None:
         left_out.insert(0, f"only the language model of `{part_of}` is estimated: its other towers are left out")
     fields["part_of"] = part_of
+    if part_of == "gemma4_unified" and config.get("use_bidirectional_attention") == _OF_IMAGES:
+        fields["masks_blocks"] = True
 
     for name in (
         "num_experts",

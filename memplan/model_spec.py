@@ -169,6 +169,8 @@ class ModelSpec(BaseModel):
     """gemma4: this many last layers take keys and values from the last layer of their kind before them."""
     use_double_wide_mlp: bool = False
     """gemma4: the MLP of those layers is twice as wide."""
+    masks_blocks: bool = False
+    """gemma4_unified: the multimodal model makes a mask of the blocks of tokens that are one image's, for text too."""
     hidden_size_per_layer_input: int = Field(0, ge=0, le=MAX_WIDTH)
     """gemma4: width of the embedding that each layer has of its own; 0 for none."""
     vocab_size_per_layer_input: int = Field(0, ge=0, le=MAX_VOCAB)

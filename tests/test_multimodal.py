@@ -26,6 +26,8 @@ def _rotary(*sections: int) -> dict[str, Any]:
 
 WRAPPED: dict[str, dict[str, Any]] = {
     "gemma3": _text("gemma3_text"),
+    "gemma4": _text("gemma4_text"),
+    "gemma4_unified": _text("gemma4_unified_text"),
     "llava": _text("llama"),
     "mistral3": _text("mistral"),
     "qwen2_5_vl": _text("qwen2", model_type="qwen2_5_vl_text", **_rotary(4, 6, 6)),
@@ -50,7 +52,11 @@ def test_every_phase_is_the_real_one(monkeypatch: pytest.MonkeyPatch, wrapper: s
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", from_config)
     run = TrainConfig(method=method, stack="torch", micro_batch_size=2, seq_len=96)
-    config = {"model_type": wrapper, "tie_word_embeddings": wrapper == "gemma3", "text_config": WRAPPED[wrapper]}
+    config = {
+        "model_type": wrapper,
+        "tie_word_embeddings": wrapper.startswith("gemma"),
+        "text_config": WRAPPED[wrapper],
+    }
     assert ModelSpec.from_hf_config(config).part_of == wrapper
     allowed = POSITIONS_BYTES_A_TOKEN * run.tokens_per_micro_batch if wrapper.startswith("qwen") else 0
     off = [f for f in figures(config, run) if abs(f.played - f.real) > allowed + 0.001 * f.real]

@@ -42,6 +42,8 @@ class Decoder(ABC):
     layer_prefix = "model.layers"
     embedding_name = "model.embed_tokens"
     rotary_name = "model.rotary_emb"
+    registered_late: tuple[str, ...] = ()
+    """Beginnings of the names of what belongs to the embedding and is registered behind the final norm."""
     softmax_in_fp32 = True
     """Eager attention's softmax runs in fp32 whatever the dtype of the scores."""
     passes_mask_by_position = False
@@ -189,8 +191,12 @@ class Decoder(ABC):
 
     def embed_tokens(self, build: Builder, width: int | None = None) -> Tensor:
         embed = build.embedding(self.embedding_name, self.spec.vocab_size, width or self.spec.hidden_size)
-        embeddings = embed(self.batch)
+        return self.as_leaf(embed(self.batch))
+
+    def as_leaf(self, embeddings: Tensor) -> Tensor:
+        """The embeddings, made to require a gradient where the run does so."""
         if self.leaf_embeddings:
+            embeddings.is_leaf = embeddings.node is None
             embeddings.requires_grad = True
         return embeddings
 

@@ -17,10 +17,7 @@ class Gemma(Llama):
         """`GemmaTextScaledWordEmbedding`: rows of the table times a scalar on the device."""
         spec, name = self.spec, self.embedding_name
         embed_scale = build.buffer(f"{name}.embed_scale", (), build.dtype)
-        embeddings = build.embedding(name, spec.vocab_size, spec.hidden_size, embed_scale)(self.batch)
-        if self.leaf_embeddings:
-            embeddings.requires_grad = True
-        return embeddings
+        return self.as_leaf(build.embedding(name, spec.vocab_size, spec.hidden_size, embed_scale)(self.batch))
 
     def norm(self, build: Builder, name: str, width: int) -> Norm:
         return build.offset_rms_norm(name, width)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Attention, Layer, Mlp, Norm
 from memplan.architectures.gemma2 import Gemma3
-from memplan.architectures.gemma4_moe import add_experts
+from memplan.architectures.gemma4_moe import experts_of
 from memplan.architectures.moe_warnings import moe_warnings
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
@@ -25,7 +25,7 @@ from memplan.ops.attention import split_heads
 from memplan.ops.norm import PowRMSNorm
 from memplan.ops.pointwise import add, mul, mul_in_place, mul_number
 from memplan.ops.rotary import rotate
-from memplan.ops.rows import select
+from memplan.ops.rows import flatten_tokens, select
 from memplan.ops.tensor import Tensor
 from memplan.units import human
 
@@ -35,6 +35,8 @@ _SHARING = " sharing keys and values"
 
 
 class Gemma4(Gemma3):
+    registered_late = ("model.embed_tokens_per_layer", "model.per_layer")
+
     # What the layers are told apart by
 
     def layer_kind(self, index: int) -> str:
@@ -130,19 +132,27 @@ class Gemma4(Gemma3):
         post_mlp_norm = self.norm(build, "post_feedforward_layernorm", hidden)
         layer_scalar = build.buffer("layer_scalar", (1,), build.dtype)
         add_own = self.own_input(build) if spec.hidden_size_per_layer_input else None
-        beside_experts = add_experts(self, build) if spec.is_moe else None
+        experts = experts_of(self, build) if spec.is_moe else None
 
         def forward(hidden_states: Tensor) -> Tensor:
             residual = hidden_states
             hidden_states = norm(hidden_states)
+            _: Tensor | None
             hidden_states, _ = attention(hidden_states)
             hidden_states = post_attention_norm(hidden_states)
             hidden_states = add(residual, hidden_states)
             residual = hidden_states
             hidden_states = pre_mlp_norm(hidden_states)
             hidden_states = mlp(hidden_states)
-            if beside_experts is not None:
-                hidden_states, *_ = beside_experts(residual, hidden_states)
+            if experts is not None:
+                hidden_states_1 = experts.post_mlp_norm(hidden_states)
+                hidden_states_flat = flatten_tokens(residual)
+                _, top_k_weights, top_k_index = experts.router(hidden_states_flat)  # in `_` it lets go of eager's
+                hidden_states_2 = experts.pre_norm(hidden_states_flat)
+                hidden_states_2 = experts.experts(hidden_states_2, top_k_index, top_k_weights)
+                hidden_states_2 = hidden_states_2.view(*residual.shape)
+                hidden_states_2 = experts.post_norm(hidden_states_2)
+                hidden_states = add(hidden_states_1, hidden_states_2)
             hidden_states = post_mlp_norm(hidden_states)
             hidden_states = add(residual, hidden_states)
             if add_own is not None:

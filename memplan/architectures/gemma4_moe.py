@@ -12,20 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memplan.architectures.builder import Builder
+from memplan.architectures.decoder import Norm
 from memplan.ops.attention import softmax_fp32
 from memplan.ops.lora_parameter import BareParameter
 from memplan.ops.moe import Experts, Routing, gated
 from memplan.ops.norm import PowRMSNorm
-from memplan.ops.pointwise import add, mul, mul_number
-from memplan.ops.rows import divide_in_place, flatten_tokens, index_elements, sum_last, topk
+from memplan.ops.pointwise import mul, mul_number
+from memplan.ops.rows import divide_in_place, index_elements, sum_last, topk
 from memplan.ops.tensor import Parameter, Tensor
 
 if TYPE_CHECKING:
     from memplan.architectures.gemma4 import Gemma4
-
-AddExperts = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""What came before the norm of the MLP, and what the MLP gave; the sum first, then what the layer holds until it
-returns."""
 
 
 @dataclass(slots=True)
@@ -48,7 +45,7 @@ class Router:
         return router_probabilities, top_k_weights, top_k_index
 
 
-def router(build: Builder) -> Router:
+def router_of(build: Builder) -> Router:
     spec = build.spec
     scale = build.parameter("router.scale", (spec.hidden_size,))
     per_expert_scale = build.parameter("router.per_expert_scale", (spec.num_experts,))
@@ -56,31 +53,26 @@ def router(build: Builder) -> Router:
     return Router(scale, per_expert_scale, proj, spec.num_experts_per_tok)
 
 
-def experts(decoder: Gemma4, build: Builder) -> Experts:
+@dataclass(slots=True)
+class ExpertsBlock:
+    """What a layer has under `enable_moe_block`."""
+
+    router: Router
+    experts: Experts
+    post_mlp_norm: Norm
+    """`post_feedforward_layernorm_1`, after the MLP."""
+    post_norm: Norm
+    """`post_feedforward_layernorm_2`, after the experts."""
+    pre_norm: Norm
+    """`pre_feedforward_layernorm_2`, before the experts."""
+
+
+def experts_of(decoder: Gemma4, build: Builder) -> ExpertsBlock:
     spec = build.spec
     num_experts, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    router = router_of(build)
     gate_up_proj = BareParameter(build.parameter("experts.gate_up_proj", (num_experts, 2 * width, hidden)))
     down_proj = BareParameter(build.parameter("experts.down_proj", (num_experts, hidden, width)))
-    return Experts(num_experts, width, gate_up_proj, down_proj, gated(decoder.activation()))
-
-
-def add_experts(decoder: Gemma4, build: Builder) -> AddExperts:
-    """The part of the layer's forward under `enable_moe_block`."""
-    hidden = build.spec.hidden_size
-    route, run_experts = router(build), experts(decoder, build)
-    mlp_norm = decoder.norm(build, "post_feedforward_layernorm_1", hidden)
-    post_norm = decoder.norm(build, "post_feedforward_layernorm_2", hidden)
-    pre_norm = decoder.norm(build, "pre_feedforward_layernorm_2", hidden)
-
-    def forward(residual: Tensor, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        hidden_states_1 = mlp_norm(hidden_states)
-        hidden_states_flat = flatten_tokens(residual)
-        probabilities, top_k_weights, top_k_index = route(hidden_states_flat)
-        hidden_states_2 = pre_norm(hidden_states_flat)
-        hidden_states_2 = run_experts(hidden_states_2, top_k_index, top_k_weights)
-        hidden_states_2 = hidden_states_2.view(*residual.shape)
-        hidden_states_2 = post_norm(hidden_states_2)
-        total = add(hidden_states_1, hidden_states_2)
-        return total, probabilities, top_k_weights, top_k_index, hidden_states_1, hidden_states_2
-
-    return forward
+    experts = Experts(num_experts, width, gate_up_proj, down_proj, gated(decoder.activation()))
+    names = "post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"
+    return ExpertsBlock(router, experts, *[decoder.norm(build, name, hidden) for name in names])

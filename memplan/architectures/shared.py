@@ -42,11 +42,13 @@ class Shared:
         tokens = decoder.config.seq_len
         shared = cls()
         shared.position_ids = positions(machine, tokens) if position_ids is None else position_ids
-        windows = decoder.attention_windows()
+        windows, always = decoder.attention_windows(), decoder.spec.masks_blocks
         if "full_attention" in windows:
-            shared.mask = causal_mask(decoder, machine, dtype, window=windows["full_attention"])
+            shared.mask = causal_mask(decoder, machine, dtype, window=windows["full_attention"], always=always)
         if "sliding_attention" in windows:
-            shared.sliding_mask = causal_mask(decoder, machine, dtype, window=windows["sliding_attention"])
+            shared.sliding_mask = causal_mask(
+                decoder, machine, dtype, window=windows["sliding_attention"], always=always
+            )
         decoder.make_other_masks(machine)
         table_dtype = decoder.shared_dtype(dtype)
         kinds = decoder.rotary_kinds if decoder.sliding_layers_have_own_rotary else ["full_attention"]

@@ -58,6 +58,7 @@ class Composer:
             self.config,
             self.decoder.device,
             layer_prefix=self.decoder.layer_prefix,
+            late=self.decoder.registered_late,
             workspace_bytes=self.workspace_bytes,
         )
         plan = held.plan

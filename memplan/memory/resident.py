@@ -49,9 +49,12 @@ def resident(
     device: Device,
     *,
     layer_prefix: str,
+    late: tuple[str, ...] = (),
     workspace_bytes: int,
 ) -> Resident:
     """What the model of these pieces holds; layers of one kind are one object.
+
+    `late`: beginnings of the names of the embedding's weights that the model registers behind its final norm.
 
     Raises:
         UnknownNameError: an optimizer that no row is called after.
@@ -61,16 +64,19 @@ def resident(
     of_kinds = tuple(tuple(layer.weights) for layer in kinds.values())
     order = tuple(number_of[id(layer)] for layer in layers)
     said = tuple(getattr(config, name) for name in _FIELDS)
-    key = tuple(embedding.weights), of_kinds, order, tuple(head.weights), said, device, layer_prefix, workspace_bytes
+    made_of = tuple(embedding.weights), of_kinds, order, tuple(head.weights)
+    key = made_of, said, device, layer_prefix, late, workspace_bytes
     found = _made.get(key)
     if found is not None:
         return found
-    weights = list(embedding.weights)
+    weights = [w for w in embedding.weights if not w.name.startswith(late)]
     parts = [[(w.name, [getattr(w, name) for name in _BUT_NAME]) for w in kind] for kind in of_kinds]
     for index, number in enumerate(order):
         prefix = f"{layer_prefix}.{index}."
         weights += [Weight(prefix + name, *rest) for name, rest in parts[number]]
-    weights += head.weights
+    weights += [w for w in head.weights if not w.name.startswith("lm_head")] if late else []
+    weights += [w for w in embedding.weights if w.name.startswith(late)]
+    weights += [w for w in head.weights if not late or w.name.startswith("lm_head")]
     loading = load(weights, config, workspace_bytes=workspace_bytes)
     plan = plan_update(weights, config, device)
     found = Resident(
