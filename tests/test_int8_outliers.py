@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from memplan.architectures import decoder_for
 from memplan.architectures.int8_outliers import outlier_columns
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
@@ -55,3 +56,43 @@ def test_columns_behind_an_activation_are_those_of_random_weights(gated: bool) -
     expected = outlier_columns(spec, config, "mlp.down_proj" if gated else "mlp.fc2", width, 1.0)
     share = expected / width
     assert abs(counted - expected) <= 5 * math.sqrt(width * share * (1 - share)) + 0.02 * width
+
+
+@pytest.mark.oracle
+def test_columns_that_gemma4_adds_layers_own_inputs_by_are_those_of_the_real_model() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    hf_config = {
+        "model_type": "gemma4_text", "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "global_head_dim": 64, "vocab_size": 2000,
+        "vocab_size_per_layer_input": 2000, "hidden_size_per_layer_input": 128,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf_config))
+    counted: dict[str, int] = {}
+
+    def counts(name: str):
+        def hook(module, args) -> None:
+            counted[name] = int((args[0].flatten(0, 1).abs() >= 6).any(0).sum())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(("per_layer_input_gate", "per_layer_projection")):
+            module.register_forward_pre_hook(counts(name))
+    with torch.no_grad():
+        model(input_ids=torch.randint(1, 2000, (2, 256)), use_cache=False)
+    spec = ModelSpec.from_hf_config(hf_config)
+    assert len(counted) == 12
+    for name, found in counted.items():
+        width = 1024 if name.endswith("gate") else 128
+        variance = 3 * int(name.split(".")[2]) + 2 + 0.02**2 * 1024
+        expected = outlier_columns(spec, CONFIG, name, width, variance)
+        share = expected / width
+        assert abs(expected - found) <= 5 * math.sqrt(width * share * (1 - share)) + 0.02 * width, name
+    assert 0 < counted["model.layers.0.per_layer_input_gate"] < 100
+    assert counted["model.layers.5.per_layer_input_gate"] == 1024
+    # one kind a layer, each with its own variance
+    kinds = {decoder_for(spec, CONFIG).layer_kind(index) for index in range(6)}
+    assert len(kinds) == 6

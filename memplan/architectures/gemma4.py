@@ -40,14 +40,17 @@ class Gemma4(Gemma3):
     # What the layers are told apart by
 
     def layer_kind(self, index: int) -> str:
-        kind = super().layer_kind(index)
-        return kind + _SHARING if self.spec.shares_kv(index) else kind
+        """With an int8 base layers differ by what the gates of their own inputs read: three norms' outputs more in
+        each."""
+        kind = super().layer_kind(index) + (_SHARING if self.spec.shares_kv(index) else "")
+        by_depth = self.config.quant_type == "int8" and self.spec.hidden_size_per_layer_input
+        return f"{kind} {index}" if by_depth else kind
 
     def reads(self, index: int) -> tuple[str, ...]:
         names = (_ALL,) if self.spec.hidden_size_per_layer_input else ()
         if not self.spec.shares_kv(index):
             return names
-        return *names, *_keys_and_values(super().layer_kind(index))
+        return *names, *_keys_and_values(Gemma3.layer_kind(self, index))
 
     def gives(self, index: int) -> tuple[str, ...]:
         """The last layer of each kind that makes keys and values leaves them, whether another reads them or not."""
@@ -131,7 +134,7 @@ class Gemma4(Gemma3):
         pre_mlp_norm = self.norm(build, "pre_feedforward_layernorm", hidden)
         post_mlp_norm = self.norm(build, "post_feedforward_layernorm", hidden)
         layer_scalar = build.buffer("layer_scalar", (1,), build.dtype)
-        add_own = self.own_input(build) if spec.hidden_size_per_layer_input else None
+        add_own = self.own_input(build, kind) if spec.hidden_size_per_layer_input else None
         experts = experts_of(self, build) if spec.is_moe else None
 
         def forward(hidden_states: Tensor) -> Tensor:
@@ -163,11 +166,15 @@ class Gemma4(Gemma3):
 
         return forward
 
-    def own_input(self, build: Builder) -> Mlp:
+    def own_input(self, build: Builder, kind: str) -> Mlp:
         """What the layer adds of the embedding of its own."""
         hidden, own, read = self.spec.hidden_size, self.spec.hidden_size_per_layer_input, build.carried
+        depth = kind.rpartition(" ")[2]
+        norms_before = 3 * int(depth) + 2 if depth.isdigit() else 0
+        build.input_variance = norms_before + self.spec.initializer_range**2 * hidden
         gate = build.linear("per_layer_input_gate", hidden, own)
         projection = build.linear("per_layer_projection", own, hidden)
+        build.input_variance = 1.0
         norm = self.norm(build, "post_per_layer_input_norm", hidden)
         activation = self.activation()
 
@@ -181,18 +188,18 @@ class Gemma4(Gemma3):
         return forward
 
     def mlp(self, build: Builder, kind: str) -> Mlp:
-        wide = self.spec.use_double_wide_mlp and kind.endswith(_SHARING)
+        wide = self.spec.use_double_wide_mlp and _SHARING in kind
         return self.gated_mlp(build, self.spec.intermediate_size * (2 if wide else 1))
 
     def attention_of(self, build: Builder, kind: str, shared: Shared) -> Attention:
         spec = self.spec
         hidden, head_dim, num_heads = spec.hidden_size, self.head_dim(kind), spec.num_attention_heads
         width = num_heads * head_dim
-        name_of_keys, name_of_values = _keys_and_values(kind.removesuffix(_SHARING))
+        name_of_keys, name_of_values = _keys_and_values(kind.partition(" ")[0])
         read, given, gives = build.carried, build.given, bool(build.gives)
         q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
         q_norm = self.norm(build, "self_attn.q_norm", head_dim)
-        keys_and_values = None if kind.endswith(_SHARING) else self.keys_and_values(build, kind, shared)
+        keys_and_values = None if _SHARING in kind else self.keys_and_values(build, kind, shared)
         o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,9 +8,12 @@ with Q(z) the probability that a normal variable is beyond z on either side, of 
 
     behind a norm           p = Q(6): none
     hidden states as they   p = Q(6 / sigma), sigma^2 their variance: where norms come after attention and MLP,
-    are (olmo2, olmo3)      each adds 1 to it
+    are (olmo2, olmo3,      each adds 1 to it
+    gemma4's own inputs)
     into the MLP's second   p = P(|act(g)| >= 6), or of a gated one P(|act(g) u| >= 6), with g and u of deviation
     projection              s = initializer_range sqrt(hidden_size) sigma
+    into gemma4's           p = P(|act(g) u| >= 6), g of deviation s, sigma^2 the stream's, and u of the deviation of a
+    per_layer_projection    layer's own embedding: half the sum of a norm's and of initializer_range^2 times its width
     into o_proj             row t of a sequence is the mean of t values: p_t = Q(6 sqrt(t) / s)
 
 Neighbouring tokens do resemble each other (attention gives them nearly the same mean), so that this is rather too much:
@@ -50,6 +53,9 @@ def outlier_columns(spec: ModelSpec, config: TrainConfig, name: str, in_features
         # ever less, and 0 to the machine after some dozens
         logs = (math.log1p(-min(p, _SURE)) for p in takewhile(bool, by_row))
         return round(in_features * -math.expm1(config.micro_batch_size * sum(logs)))
+    elif name.endswith("per_layer_projection"):
+        own = math.sqrt((1.0 + spec.initializer_range**2 * spec.hidden_size_per_layer_input) / 2.0)
+        p = _of_activation(spec.hidden_act, deviation, own)
     elif name.endswith(_MLP_OUT):
         p = _of_activation(spec.hidden_act, deviation)
     elif name.endswith("down_proj"):
