@@ -161,6 +161,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="every"),
     "qwen2_moe": Family(keys={"attention_bias": "qkv_bias"}, sliding="qwen2_moe"),
+    "qwen3_5_text": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="linear", rotary_factor=0.25),
     "qwen3_next": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding="linear", rotary_factor=0.25),
     "gpt_oss": Family(
         keys=_ALL_FOUR | {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
@@ -200,6 +201,7 @@ TEXT_MODEL_TYPES = {
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
+    "qwen3_5": "qwen3_5_text",
     "smolvlm": "llama",
 }
 # Of these, the ones whose older configs have the text model's keys beside `vision_config`, not nested.
@@ -213,7 +215,6 @@ _STATE_SPACE = "it has state-space layers"
 # Families of transformers 5.17 that are asked for and not modelled: why, and the nearest that is.
 NOT_MODELLED: dict[str, tuple[str, str]] = {
     "llama4_text": ("its experts multiply their inputs by the router and its layers attend in chunks", "llama"),
-    "qwen3_5_text": (_LINEAR_ATTENTION, "qwen3"),
     "qwen3_5_moe_text": (_LINEAR_ATTENTION, "qwen3_moe"),
     "kimi_linear": (_LINEAR_ATTENTION, "deepseek_v3"),
     "qwen3_vl_moe_text": ("PEFT converts the names of its experts differently", "qwen3_moe"),

@@ -145,6 +145,14 @@ BASES = {
         "top_k_experts": 2,
         "moe_intermediate_size": 32,
     },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "full_attention_interval": 2,
+    },
     "qwen3_next": {
         **EXPERTS,
         "head_dim": 16,

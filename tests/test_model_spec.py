@@ -112,6 +112,7 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
         {"model_type": "smollm3", "no_rope_layer_interval": 3},
         {"model_type": "qwen2_moe", "use_sliding_window": True, "sliding_window": 64},
         {"model_type": "qwen3_next", "num_hidden_layers": 7},
+        {"model_type": "qwen3_5_text", "num_hidden_layers": 5},
         {"model_type": "qwen3_next", "num_hidden_layers": 7, "full_attention_interval": 3},
         {"model_type": "qwen3_next", "num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]},
     ],
@@ -241,6 +242,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], str]] = {
                     "text_config": {"model_type": "qwen2_5_vl_text", **SIZES, **MROPE}}, "qwen2"),
     "qwen3_vl": ({"model_type": "qwen3_vl", "tie_word_embeddings": True,
                   "text_config": {"model_type": "qwen3_vl_text", **SIZES, "tie_word_embeddings": False}}, "qwen3"),
+    "qwen3_5": ({"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": SIZES}, "qwen3_5_text"),
 }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ FAMILIES = Families(
         "qwen3_moe": ("moe", "Qwen3Moe"),
         "qwen2_moe": ("moe", "Qwen2Moe"),
         "qwen3_next": ("qwen3_next", "Qwen3Next"),
+        "qwen3_5_text": ("qwen3_5", "Qwen3_5"),
         "olmoe": ("moe", "Olmoe"),
         "gpt_oss": ("gpt_oss", "GptOss"),
         "deepseek_v2": ("deepseek", "DeepseekV2"),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from memplan.architectures.builder import Builder
 from memplan.architectures.run_warnings import run_warnings
-from memplan.architectures.shared import Shared
+from memplan.architectures.shared import Shared, rotary_table
 from memplan.dtypes import DType
 from memplan.errors import UnknownNameError
 from memplan.model_spec import ModelSpec
@@ -91,6 +91,10 @@ class Decoder(ABC):
         """What the model's loop makes of `build.carried` before it calls a layer; the names there of what it then
         passes by position, which a checkpoint saves as its inputs."""
         return ()
+
+    def rotary_table(self, machine: Machine, width: int, dtype: DType) -> tuple[Tensor, Tensor]:
+        """cos and sin of `width`, as layers are given them."""
+        return rotary_table(machine, self.config.seq_len, width, dtype)
 
     def make_other_masks(self, machine: Machine) -> None:  # noqa: B027  most models make none
         """What the model allocates for masks beside those of attention, and lets go of."""

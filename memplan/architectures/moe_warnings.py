@@ -12,7 +12,9 @@ _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def moe_warnings(spec: ModelSpec, config: TrainConfig) -> list[str]:
-    """One sentence each."""
+    """One sentence each; none for a model whose layers are all dense."""
+    if not spec.is_moe:
+        return []
     return [*_unquantised(spec, config), *_adapters(spec, config), *_router_loss(spec, config)]
 
 

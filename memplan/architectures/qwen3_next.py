@@ -19,10 +19,11 @@ With a padded batch the hidden states are multiplied by the mask first, which ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Norm
+from memplan.architectures.decoder import AnyLinear, Attention, Layer, Norm
 from memplan.architectures.moe import Qwen2Moe
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
@@ -47,6 +48,10 @@ from memplan.ops.rotary import apply_partial_rotary_pair
 from memplan.ops.tensor import Machine, Storage, Tensor
 
 _LINEAR = "linear_attention"
+Projected = tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+"""Parts of what the convolution reads, which live until it has run; that; gate, b and a; what lives to the end."""
+Projections = Callable[[Tensor], Projected]
+GatedNorm = Callable[[Tensor, Tensor], Tensor]
 
 
 class Qwen3Next(Qwen2Moe):
@@ -133,19 +138,16 @@ class Qwen3Next(Qwen2Moe):
     def linear_attention(self, build: Builder) -> Attention:
         """`Qwen3NextGatedDeltaNet`."""
         spec = self.spec
-        num_k_heads, num_v_heads = spec.linear_num_key_heads, spec.linear_num_value_heads
-        k_dim, v_dim, hidden = spec.linear_key_head_dim, spec.linear_value_head_dim, spec.hidden_size
-        key_dim, value_dim, groups = num_k_heads * k_dim, num_v_heads * v_dim, num_v_heads // num_k_heads
+        num_v_heads, groups = spec.linear_num_value_heads, spec.linear_num_value_heads // spec.linear_num_key_heads
+        k_dim, v_dim = spec.linear_key_head_dim, spec.linear_value_head_dim
+        key_dim, value_dim = spec.linear_num_key_heads * k_dim, num_v_heads * v_dim
         conv_dim = 2 * key_dim + value_dim
         dt_bias = build.parameter("linear_attn.dt_bias", (num_v_heads,))
         A_log = build.parameter("linear_attn.A_log", (num_v_heads,))
         (conv1d,) = build.own("linear_attn.conv1d", ("weight", (conv_dim, 1, spec.linear_conv_kernel_dim)))
-        in_proj_qkvz = build.linear("linear_attn.in_proj_qkvz", hidden, 2 * key_dim + 2 * value_dim)
-        in_proj_ba = build.linear("linear_attn.in_proj_ba", hidden, 2 * num_v_heads)
-        norm = GatedRMSNorm(*build.own("linear_attn.norm", ("weight", (v_dim,))))
-        out_proj = build.linear("linear_attn.out_proj", value_dim, hidden)
+        project, norm, out_proj = self.projections(build)
         activation = self.activation()
-        copies, several = num_k_heads > 1, num_k_heads > 1 and groups > 1
+        gate_is_spread = self.gate_is_spread
 
         def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
             batch, tokens, _ = hidden_states.shape
@@ -153,21 +155,12 @@ class Qwen3Next(Qwen2Moe):
                 mask = Tensor(Storage(hidden_states.machine, 0), (batch, tokens, 1), DType.int64)  # the batch's own
                 hidden_states = mul(hidden_states, mask)
                 del mask
-            mixed_qkvz = in_proj_qkvz(hidden_states)
-            mixed_ba = in_proj_ba(hidden_states)
-            query, key, value, z = split_last(mixed_qkvz, key_dim, key_dim, value_dim, value_dim)
-            b, a = split_last(mixed_ba, num_v_heads, num_v_heads)
-            value = clone(value) if several else value
-            z = clone(z) if several else z
-            b = clone(b) if several else b
-            a = clone(a) if several else a
-            query, key = [clone(x) if copies else x for x in (query, key)]
-            value = clone(value) if copies and not several else value
-            mixed_qkv = cat_last([query, key, value])
+            parts, mixed_qkv, z, b, a, held = project(hidden_states)
             mixed_qkv = mixed_qkv.view(batch, conv_dim, tokens)
             mixed_qkv = causal_conv(mixed_qkv, conv1d, activation)
             mixed_qkv = mixed_qkv.view(batch, tokens, conv_dim)
             query, key, value = split_last(mixed_qkv, key_dim, key_dim, value_dim)
+            del parts
             by_heads = batch, num_v_heads, tokens
             value = copied_in_backward(value, (*by_heads, v_dim))
             beta = saves_result(b)
@@ -182,8 +175,46 @@ class Qwen3Next(Qwen2Moe):
             core_attn_out = core_attn_out.view(batch, tokens, num_v_heads, v_dim)
             if core_attn_out.dtype is DType.fp32 and tokens > CHUNK_SIZE:
                 core_attn_out = clone(core_attn_out)  # no cast has put the tokens first
-            z = clone(z) if groups > 1 and not copies else z
+            z = clone(z) if gate_is_spread else z
             core_attn_out = norm(core_attn_out, z.view(*core_attn_out.shape))
-            return out_proj(core_attn_out.view(batch, tokens, value_dim)), None
+            output = out_proj(core_attn_out.view(batch, tokens, value_dim))
+            del held
+            return output, None
 
         return forward
+
+    @property
+    def gate_is_spread(self) -> bool:
+        """The gate is a view whose rows are apart, so that the norm gets a copy."""
+        return self.spec.linear_num_key_heads == 1 < self.spec.linear_num_value_heads
+
+    def projections(self, build: Builder) -> tuple[Projections, GatedNorm, AnyLinear]:
+        """What makes queries, keys and values, gate, b and a; the gated norm and the projection behind the rule."""
+        spec = self.spec
+        num_k_heads, num_v_heads = spec.linear_num_key_heads, spec.linear_num_value_heads
+        key_dim, value_dim = num_k_heads * spec.linear_key_head_dim, num_v_heads * spec.linear_value_head_dim
+        in_proj_qkvz = build.linear("linear_attn.in_proj_qkvz", spec.hidden_size, 2 * key_dim + 2 * value_dim)
+        in_proj_ba = build.linear("linear_attn.in_proj_ba", spec.hidden_size, 2 * num_v_heads)
+        norm, out_proj = self.behind_rule(build)
+        copies, several = num_k_heads > 1, num_k_heads > 1 and num_v_heads > num_k_heads
+
+        def project(hidden_states: Tensor) -> Projected:
+            mixed_qkvz = in_proj_qkvz(hidden_states)
+            mixed_ba = in_proj_ba(hidden_states)
+            query, key, value, z = split_last(mixed_qkvz, key_dim, key_dim, value_dim, value_dim)
+            b, a = split_last(mixed_ba, num_v_heads, num_v_heads)
+            value = clone(value) if several else value
+            z = clone(z) if several else z
+            b = clone(b) if several else b
+            a = clone(a) if several else a
+            query, key = [clone(x) if copies else x for x in (query, key)]
+            value = clone(value) if copies and not several else value
+            return [query, key, value], cat_last([query, key, value]), z, b, a, [mixed_qkvz, mixed_ba]
+
+        return project, norm, out_proj
+
+    def behind_rule(self, build: Builder) -> tuple[GatedNorm, AnyLinear]:
+        spec = self.spec
+        norm = GatedRMSNorm(*build.own("linear_attn.norm", ("weight", (spec.linear_value_head_dim,))))
+        value_dim = spec.linear_num_value_heads * spec.linear_value_head_dim
+        return norm, build.linear("linear_attn.out_proj", value_dim, spec.hidden_size)

@@ -54,9 +54,9 @@ class Shared:
         kinds = decoder.rotary_kinds if decoder.sliding_layers_have_own_rotary else ["full_attention"]
         full, sliding = (decoder.rotary_dim_of(kind) for kind in ("full_attention", "sliding_attention"))
         if full is not None and "full_attention" in kinds:
-            shared.cos, shared.sin = rotary_table(machine, tokens, full, table_dtype)
+            shared.cos, shared.sin = decoder.rotary_table(machine, full, table_dtype)
         if sliding is not None and "sliding_attention" in kinds:
-            shared.sliding_cos, shared.sliding_sin = rotary_table(machine, tokens, sliding, table_dtype)
+            shared.sliding_cos, shared.sliding_sin = decoder.rotary_table(machine, sliding, table_dtype)
         return shared
 
     @classmethod

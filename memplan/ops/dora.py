@@ -16,7 +16,17 @@ from memplan.ops.embedding import Embedding, embedding
 from memplan.ops.int8 import Linear8bitLt
 from memplan.ops.linear import Linear, linear
 from memplan.ops.lora import BaseLinear, rows_of_transposed
-from memplan.ops.pointwise import add, add_number, clone, dropout, mul, mul_number, same_size_backward, to
+from memplan.ops.pointwise import (
+    add,
+    add_number,
+    clone,
+    copied_in_backward,
+    dropout,
+    mul,
+    mul_number,
+    same_size_backward,
+    to,
+)
 from memplan.ops.quantized import Linear4bit
 from memplan.ops.reduction import reduction_scratch, use_scratch
 from memplan.ops.tensor import Parameter, Tensor
@@ -65,6 +75,8 @@ class DoraLinear:
         lora_result = self.lora_B(self.lora_A(x))
         if base_result is None:
             base_result = linear(x, weight, None, self.lora_B.out_features)
+            if self.lora_B.copies_gradient:
+                base_result = copied_in_backward(base_result, base_result.shape)
         elif self.base.bias is not None:
             base_result = add(base_result, self.base.bias)
         result = add(mul(add_number(scale), base_result), mul_number(mul(scale, lora_result)))

@@ -13,7 +13,7 @@ needs none of that, yet the context keeps the T x k elements (`ctx.tensors`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, attach, record
@@ -36,6 +36,8 @@ class Linear8bitLt:
     bias: Parameter | None = None
     num_outliers: int = 0
     """Columns of the input that hold an outlier."""
+    copies_gradient: bool = field(default=False, kw_only=True)
+    """As of `Linear`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         m = x.machine
@@ -104,11 +106,13 @@ def _backward_8bit(node: Node, grads: GradList) -> Grads:
     layer, dtype = node.meta
     d_x = None
     if node.needs[0]:
+        # grad_output.reshape(-1, out_features).contiguous() (autograd/_functions.py)
+        dense = m.empty(grad.shape, grad.dtype) if layer.copies_gradient else None
         weight = m.empty((layer.out_features, layer.in_features), dtype)
         scale = m.empty((layer.out_features,), DType.fp32)
         del scale
         d_x = m.empty((*grad.shape[:-1], layer.in_features), dtype)
         d_x.is_reshaped = True
         m.calls("cublas")
-        del weight
+        del weight, dense
     return (d_x,) if len(node.needs) == 1 else (d_x, grad if node.needs[1] else None)

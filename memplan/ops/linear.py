@@ -8,11 +8,11 @@ x @ W.T     saves the input if W trains, and W (no bytes: it is a parameter) if 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memplan.ops.autocast import low
 from memplan.ops.autograd import Grads, Node, attach, record, result_of
-from memplan.ops.pointwise import GradList, add, incoming
+from memplan.ops.pointwise import GradList, add, copied_in_backward, incoming
 from memplan.ops.tensor import Parameter, Tensor
 
 
@@ -27,9 +27,12 @@ class Linear:
     out_features: int
     weight: Parameter
     bias: Parameter | None = None
+    copies_gradient: bool = field(default=False, kw_only=True)
+    """The gradient of [B, S, out] does not lie token by token, and is copied to be seen as [B * S, out]."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.out_features)
+        out = linear(x, self.weight, self.bias, self.out_features)
+        return copied_in_backward(out, out.shape) if self.copies_gradient and len(out.shape) > 2 else out
 
     def parameters(self) -> list[Parameter]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]

@@ -8,7 +8,7 @@ and backward each dequantise the whole weight into a temporary (backends/cuda/op
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memplan.dtypes import DType
 from memplan.ops.autograd import Grads, Node, record, result_of
@@ -58,6 +58,8 @@ class Linear4bit:
     bias: Parameter | None = None
     loaded_dtype: DType = DType.bf16
     """What it was quantised from, and what `dequantize_4bit` gives back (`quant_state.dtype`)."""
+    copies_gradient: bool = field(default=False, kw_only=True)
+    """As of `Linear`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """nn/modules.py `Linear4bit.forward`: input cast to the compute dtype, result cast back."""
@@ -108,7 +110,9 @@ def _backward_4bit(node: Node, grads: GradList) -> Grads:
     d_x = None
     if node.needs[0]:
         weight = to(layer.dequantised(node.machine), grad.dtype)
+        dense = node.machine.empty(grad.shape, grad.dtype) if layer.copies_gradient else None
         d_x = node.machine.empty((*grad.shape[:-1], layer.in_features), grad.dtype)
+        del dense
         node.machine.calls("cublas")
         del weight
     return (d_x,) if len(node.needs) == 1 else (d_x, grad if node.needs[1] else None)

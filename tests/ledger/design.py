@@ -75,6 +75,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None}),
     "qwen3_moe_dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
     "qwen3_next_equal_heads": ("qwen3_next", {"linear_num_key_heads": 4, "mlp_only_layers": [0]}),
+    "qwen3_5_equal_heads": ("qwen3_5_text", {"linear_num_key_heads": 4, "tie_word_embeddings": True}),
     "qwen3_next_one_key_head": ("qwen3_next", {"linear_num_key_heads": 1, "attention_bias": True}),
 }
 """Members of families that are built otherwise than the others."""

@@ -138,6 +138,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         shared_expert_intermediate_size=352,
         **_IDS,
     ),
+    "qwen3_5_text": _llama_like(
+        "qwen3_5_text",
+        head_dim=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=48,
+        layer_types=["linear_attention", "full_attention"],
+        **_IDS,
+    ),
     "gpt_oss": _llama_like("gpt_oss", head_dim=48, num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
     "olmoe": _llama_like("olmoe", num_experts=8, num_experts_per_tok=2, **_IDS),
     "deepseek_v2": _llama_like(
