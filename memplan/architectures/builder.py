@@ -136,9 +136,10 @@ class Builder:
         return self.parameter(name, original.shape, kind="adapters", dtype=dtype, loaded=original.dtype, of=of)
 
     def embedding(
-        self, name: str, num_rows: int, width: int, embed_scale: Tensor | None = None
+        self, name: str, num_rows: int, width: int, embed_scale: Tensor | None = None, *, is_input: bool = True
     ) -> Embedding | LoraEmbedding | DoraEmbedding:
-        """nn.Embedding as the run has it; `embed_scale` multiplies its rows (Gemma)."""
+        """nn.Embedding as the run has it; `embed_scale` multiplies its rows (Gemma). `is_input`: it is what
+        `get_input_embeddings` returns, which checkpoints of a frozen base have a hook on."""
         (weight,) = self.own(name, ("weight", (num_rows, width)), of="Embedding")
         if embed_scale is not None and self.saves(name):
             copy = f"{name}.modules_to_save.embed_scale"
@@ -149,7 +150,7 @@ class Builder:
         assert self.config.rank is not None
         made = weight.dtype
         # TRL puts the hook on the adapted embedding, the others on the base before it is adapted.
-        base.makes_leaf = self.config.gradient_checkpointing and self.config.stack != "trl"
+        base.makes_leaf = is_input and self.config.gradient_checkpointing and self.config.stack != "trl"
         down = self._adapter(f"{name}.lora_embedding_A", (self.config.rank, num_rows), made)
         up = self._adapter(f"{name}.lora_embedding_B", (width, self.config.rank), made)
         if self.config.use_dora:

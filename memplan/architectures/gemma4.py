@@ -100,7 +100,8 @@ class Gemma4(Gemma3):
         spec, name = self.spec, "model.embed_tokens_per_layer"
         embed_scale = build.buffer(f"{name}.embed_scale", (), build.dtype)
         width = spec.num_hidden_layers * spec.hidden_size_per_layer_input
-        return build.embedding(name, spec.vocab_size_per_layer_input, width, embed_scale)(self.batch)
+        table = build.embedding(name, spec.vocab_size_per_layer_input, width, embed_scale, is_input=False)
+        return table(self.batch)
 
     def project_per_layer(self, build: Builder, embeddings: Tensor, token_identity: Tensor) -> Tensor:
         """`project_per_layer_inputs`: the part that the embeddings give, and both together."""
