@@ -54,6 +54,7 @@ _DECIDING = (
 _HEADS_OF_FULL_LAYERS = ("global_head_dim", "num_global_key_value_heads", "per_layer_config")
 # Those of one family.
 _FURTHER_KEYS = {
+    "exaone4": ("sliding_window_pattern",),
     "gemma3_text": ("sliding_window_pattern",),
     "gemma4_text": ("enable_moe_block", *_HEADS_OF_FULL_LAYERS),
     "gemma4_unified_text": ("use_bidirectional_attention", *_HEADS_OF_FULL_LAYERS),

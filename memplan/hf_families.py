@@ -134,6 +134,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}),
     "olmo3": Family(keys=_ALL_FOUR, fixed={"qk_norm": True}, sliding=4),
     "smollm3": Family(keys=_ALL_FOUR, sliding="no_rope"),
+    "exaone4": Family(fixed={"qk_norm": True}, sliding=4),
     "starcoder2": Family(
         keys={
             "hidden_dropout": "residual_dropout",

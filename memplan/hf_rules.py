@@ -139,6 +139,13 @@ def _smollm3(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
     fields["no_rope_layers"] = tuple(_no_rope_layers(config, fields["num_hidden_layers"]))
 
 
+def _exaone4(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Where there is a window, layers with full attention do not rotate ("global NoPE for hybrid attention model")."""
+    if config.get("sliding_window") is not None:
+        kinds = fields["layer_types"] or ("full_attention",) * fields["num_hidden_layers"]
+        fields["no_rope_layers"] = tuple(int(kind == "sliding_attention") for kind in kinds)
+
+
 def _gptj(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
     rotary = config.get("rotary_dim")
     fields["rotary_dim"] = rotary if rotary != fields["head_dim"] else None
@@ -203,6 +210,7 @@ FAMILY_RULES = {
     "opt": _opt,
     "mpt": _mpt,
     "smollm3": _smollm3,
+    "exaone4": _exaone4,
     "gemma4_text": _gemma4,
     "gemma4_unified_text": _gemma4,
     "gptj": _gptj,

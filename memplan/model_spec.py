@@ -109,7 +109,7 @@ class ModelSpec(BaseModel):
     rotary_dim: int | None = Field(None, ge=0, le=MAX_WIDTH)
     """Leading elements of each head that are rotated; None is the whole head."""
     no_rope_layers: tuple[int, ...] = Field((), max_length=MAX_LAYERS)
-    """smollm3's flags, one a layer: 1 rotates, 0 does not. Empty when all rotate."""
+    """Flags of smollm3 and exaone4, one a layer: 1 rotates, 0 does not. Empty when all rotate."""
     alibi: bool = False
     """Attention biases by distance in place of rotary positions."""
     attn_logit_softcapping: float | None = None
@@ -299,7 +299,7 @@ class ModelSpec(BaseModel):
         return bool(self.layer_types) and self.layer_types[layer] == "linear_attention"
 
     def has_rope(self, layer: int) -> bool:
-        """Whether layer `layer` rotates queries and keys (smollm3 leaves some out)."""
+        """Whether layer `layer` rotates queries and keys (smollm3 and exaone4 leave some out)."""
         return not self.no_rope_layers or bool(self.no_rope_layers[layer])
 
     @property

@@ -133,6 +133,24 @@ def test_sliding_layers_and_rope_flags_are_those_the_config_class_derives(config
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 64},
+        {"sliding_window": 64, "sliding_window_pattern": "LLG", "layer_types": ["full_attention"] * 4},
+        {"sliding_window": 64, "sliding_window_pattern": 3},
+        {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 4},
+    ],
+)
+def test_exaone4_rotates_the_layers_that_its_module_rotates(changes: dict[str, Any]) -> None:
+    config = toy("exaone4", **changes)
+    spec, model = ModelSpec.from_hf_config(config), real_model(config)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    assert [spec.has_rope(i) for i in range(4)] == [a.sliding_window is None or a.is_sliding for a in attentions]
+    assert spec.sliding_layers == tuple(i for i, a in enumerate(attentions) if a.is_sliding)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
     ("config", "rotary_dim"),
     [
         (toy("phi"), 8),

@@ -75,6 +75,7 @@ FAMILIES = Families(
         "olmo2": ("olmo", "Olmo2"),
         "olmo3": ("olmo", "Olmo3"),
         "smollm3": ("smollm3", "SmolLM3"),
+        "exaone4": ("exaone4", "Exaone4"),
         "cohere": ("cohere", "Cohere"),
         "glm": ("glm", "Glm"),
         "glm4": ("glm", "Glm4"),

@@ -14,12 +14,13 @@ What is special for memory:
 from __future__ import annotations
 
 from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import Attention, Layer, Mlp, Norm
+from memplan.architectures.decoder import Attention, Mlp, Norm
 from memplan.architectures.llama import Llama
+from memplan.architectures.norms_after import NormsAfter
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType
 from memplan.ops.norm import LateCastRMSNorm, LayerNorm
-from memplan.ops.pointwise import add, clip_in_place, to
+from memplan.ops.pointwise import clip_in_place, to
 from memplan.ops.tensor import Tensor
 
 _LAST = " without a quantised down_proj"
@@ -84,40 +85,12 @@ class Olmo(Llama):
         return forward
 
 
-class Olmo2(Olmo):
-    def layer_kind(self, index: int) -> str:
-        """With an int8 base layers differ by what their projections read: two norms' outputs more in each."""
-        kind = super().layer_kind(index)
-        return f"{kind} {index}" if self.config.quant_type == "int8" else kind
-
+class Olmo2(NormsAfter, Olmo):
     def norm(self, build: Builder, name: str, width: int) -> Norm:
         return LateCastRMSNorm(build.parameter(f"{name}.weight", (width,)))
 
     def projection_norm(self, build: Builder, name: str, width: int) -> Norm:
         return self.norm(build, name, width)
-
-    def layer(self, build: Builder, kind: str, shared: Shared) -> Layer:
-        depth = kind.rpartition(" ")[2]
-        before = 2.0 * int(depth) if depth.isdigit() else 0.0  # that of the embeddings is lost in it
-        build.input_variance = before + self.spec.initializer_range**2
-        attention = self.self_attention(build, shared)
-        build.input_variance += 1.0
-        mlp = self.mlp(build, kind)
-        post_attention_norm = self.norm(build, "post_attention_layernorm", self.spec.hidden_size)
-        post_mlp_norm = self.norm(build, "post_feedforward_layernorm", self.spec.hidden_size)
-
-        def forward(hidden_states: Tensor) -> Tensor:
-            residual = hidden_states
-            hidden_states, _ = attention(hidden_states)
-            hidden_states = post_attention_norm(hidden_states)
-            hidden_states = add(residual, hidden_states)
-            residual = hidden_states
-            hidden_states = mlp(hidden_states)
-            hidden_states = post_mlp_norm(hidden_states)
-            hidden_states = add(residual, hidden_states)
-            return hidden_states  # noqa: RET504  the old one dies before the residual, as in the module
-
-        return forward
 
 
 class Olmo3(Olmo2):

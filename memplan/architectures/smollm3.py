@@ -16,4 +16,4 @@ class SmolLM3(Llama):
         return super().layer_kind(index) + ("" if self.spec.has_rope(index) else _NO_ROPE)
 
     def has_rope(self, kind: str) -> bool:
-        return not kind.endswith(_NO_ROPE)
+        return _NO_ROPE not in kind

@@ -77,6 +77,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next_equal_heads": ("qwen3_next", {"linear_num_key_heads": 4, "mlp_only_layers": [0]}),
     "qwen3_5_equal_heads": ("qwen3_5_text", {"linear_num_key_heads": 4, "tie_word_embeddings": True}),
     "qwen3_next_one_key_head": ("qwen3_next", {"linear_num_key_heads": 1, "attention_bias": True}),
+    "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
 }
 """Members of families that are built otherwise than the others."""
 

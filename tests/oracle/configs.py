@@ -200,4 +200,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "glm": _llama_like("glm", head_dim=32, **_IDS),
     "glm4": _llama_like("glm4", head_dim=32, **_IDS),
+    "exaone4": _llama_like("exaone4", head_dim=48, sliding_window=64, sliding_window_pattern=2),
 }

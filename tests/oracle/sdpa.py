@@ -242,7 +242,8 @@ def scratch_efficient(
 def scratch_efficient_backward(
     out: Any, grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> list[int]:
-    """`delta` (and, in fp32, the product it is summed from), then the accumulators of `workspace_size()`."""
+    """`delta` (in fp32 with the product it is summed from, gone with that statement), then the accumulators of
+    `workspace_size()`."""
     batch, heads, length, dim = query.shape
     keys, value_dim = key.shape[2], value.shape[-1]
     half, widest = query.element_size() == 2, max(dim, value_dim)
@@ -261,7 +262,8 @@ def scratch_efficient_backward(
     if accumulates_keys:
         elements += splits * block_j * (_round_up(dim, block_i) + _round_up(value_dim, block_i))
     delta = 4 * batch * heads * length
-    sizes = [delta] if half else [4 * grad_out.numel(), delta, delta]
+    product = 4 * grad_out.numel()
+    sizes = [delta] if half else [product, delta, delta, -delta, -product]
     if not grad_out.transpose(1, 2).is_contiguous():
         sizes.insert(0, grad_out.element_size() * grad_out.numel())
     return [*sizes, 4 * batch * heads * _round_up(elements, 4)]

@@ -77,7 +77,7 @@ class Tracker(TorchDispatchMode):
     What CUDA does where the CPU build does otherwise comes in tables by op overload: `kernels`, a function that runs in
     the op's place, itself tracked (or returns NotImplemented); `outputs`, a function that replaces what the op
     returned; `host`, which of several results lie in host memory; `scratch`, the bytes that its kernel takes and gives
-    back inside.
+    back inside, at its end or where the list has them once more below zero.
     """
 
     def __init__(
@@ -246,17 +246,26 @@ class Tracker(TorchDispatchMode):
             return
         self._settle()
         where = self._where() if self.events is not None else ""
-        taken = []
+        taken: list[_Storage] = []
         for size in sizes:
+            if size < 0:
+                self._give_back(taken, block_bytes(-size))
+                continue
             self._num_storages += 1
             storage = _Storage(self._num_storages, block_bytes(size), (size,), "scratch", str(func), where, None)
             taken.append(storage)
             self.live_bytes += storage.num_bytes
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
             self._log(storage, storage.num_bytes)
-        for storage in reversed(taken):
-            self.live_bytes -= storage.num_bytes
-            self._log(storage, -storage.num_bytes)
+        while taken:
+            self._give_back(taken, taken[-1].num_bytes)
+
+    def _give_back(self, taken: list[_Storage], num_bytes: int) -> None:
+        """The last of `taken` of that size."""
+        storage = next(storage for storage in reversed(taken) if storage.num_bytes == num_bytes)
+        taken.remove(storage)
+        self.live_bytes -= num_bytes
+        self._log(storage, -num_bytes)
 
     def _from_host(self, args: tuple[Any, ...]) -> bool:
         """Whether every tensor in `args`, one at least, lives on the host."""
