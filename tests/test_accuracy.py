@@ -10,6 +10,8 @@ from memplan.calibration.compare import Row
 from memplan.validation import Run, Validation, shipped_files
 from tests.shipped_records import shipped
 
+pytestmark = pytest.mark.xdist_group("shipped records")  # one process replays them
+
 FILES = {
     "h100-drawn", "h100-expandable-segments", "h100-published", "h100-quick", "h200-before-freeze", "h200-drawn",
     "h200-drawn-2", "h200-limits", "h200-max-split-size", "h200-published", "h200-real",

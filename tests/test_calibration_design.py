@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from memplan import gpus
+from memplan import catalog, gpus
 from memplan.calibration.design import draw, rough_bytes
 from memplan.calibration.design_models import FAMILIES, Shape, hf_config
 from memplan.calibration.design_published import SHARE, draw_published
@@ -110,9 +110,9 @@ def test_bounds_that_nothing_meets_are_a_users_error():
 
 def test_published_models_are_drawn_within_the_card_and_the_same_for_a_seed():
     card = gpus.get("t4")
-    cases = draw_published(3, 12, card, max_seconds=8.0)
-    assert draw_published(3, 12, card, max_seconds=8.0) == cases
-    assert len({case.id.split("-", 2)[2].rsplit("-", 2)[0] for case in cases}) == 12, "a model twice"
+    cases = draw_published(3, 6, card, max_seconds=8.0)
+    assert draw_published(3, 6, card, max_seconds=8.0) == cases
+    assert len({case.id.split("-", 2)[2].rsplit("-", 2)[0] for case in cases}) == 6, "a model twice"
     for case in cases:
         config = case.train_config()
         spec = ModelSpec.from_hf_config(case.hf_config)
@@ -120,6 +120,7 @@ def test_published_models_are_drawn_within_the_card_and_the_same_for_a_seed():
         assert spec.max_position_embeddings is None or config.seq_len <= spec.max_position_embeddings
 
 
-def test_a_card_too_small_for_so_many_published_models_says_so():
+def test_a_card_too_small_for_so_many_published_models_says_so(monkeypatch):
+    monkeypatch.setattr(catalog, "names", lambda: ["gpt2", "llama-2-7b", "opt-1.3b"])
     with pytest.raises(MemplanError, match="models can be run within these bounds"):
         draw_published(3, 5, replace(gpus.get("t4"), memory_bytes=GIB // 2))

@@ -9,12 +9,15 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from memplan import Validation
 from memplan.cli import app
+from memplan.validation import validate
 from tests.printed import agree
 from tests.shipped_records import shipped
 
@@ -35,6 +38,19 @@ def sessions() -> list[tuple[str, list[str]]]:
             elif found:
                 found[-1][1].append(line)
     return [(command, shown) for command, shown in found if command.startswith("memplan ")]
+
+
+pytestmark = pytest.mark.xdist_group("shipped records")  # one process replays them
+
+
+@pytest.fixture(autouse=True)
+def replays_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`memplan validate` of the shipped records, which tests/test_accuracy.py replays as well."""
+
+    def validate_once(paths: Sequence[Path], **kwargs: Any) -> Validation:
+        return validate(paths, **kwargs) if paths else shipped()
+
+    monkeypatch.setattr("memplan.validation.validate", validate_once)
 
 
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:

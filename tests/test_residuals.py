@@ -14,6 +14,8 @@ from memplan.residuals import band, bands
 from memplan.validation import shipped_files
 from tests.shipped_records import shipped
 
+pytestmark = pytest.mark.xdist_group("shipped records")  # one process replays them
+
 AtLimits = list[tuple[Record, Estimate]]
 
 

@@ -49,8 +49,7 @@ class Cohere(Llama):
         q, k = to(q, DType.fp32), to(k, DType.fp32)
         q_embed = rotate_pairs(q, shared.cos, shared.sin)
         k_embed = rotate_pairs(k, shared.cos, shared.sin)
-        q_embed = to(q_embed, dtype)
-        return q_embed, to(k_embed, dtype)
+        return to(q_embed, dtype), to(k_embed, dtype)
 
     def after_head(self, logits: Tensor) -> Tensor:
         return mul_number(logits)

@@ -41,8 +41,7 @@ class Olmo(Llama):
     def rotate(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         q_type, k_type = q.dtype, k.dtype
         q_embed, k_embed = super().rotate(q, k, shared)
-        q_embed = to(q_embed, q_type)
-        return q_embed, to(k_embed, k_type)
+        return to(q_embed, q_type), to(k_embed, k_type)
 
     def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
         spec = self.spec

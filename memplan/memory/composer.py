@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from memplan.architectures.decoder import Decoder
 from memplan.memory.carried import Crossing, Crossings
+from memplan.memory.driver_addresses import ATTENTION, BACKWARD, CUDNN, ELEMENTWISE, PRODUCTS
 from memplan.memory.optimizers import Plan
 from memplan.memory.program import EMPTY_CACHE, Link, Program, Round
 from memplan.memory.record import Stream, record_embedding, record_layer
@@ -120,11 +121,21 @@ class Composer:
         if self.config.use_dora:
             self.workspaces.add(("forward", "cublas"))
         frame = program.frame(loading.kinds, held.loading_sizes)
-        program.play("load", 0, frame, loading.base)
+        until = loading.num_before_kernels
+        program.play("load", 0, frame, loading.base if until is None else loading.base[:until])
+        if until is not None:
+            program.play("load", 0, frame, loading.base[until:], loads=[ELEMENTWISE])
         program.play("prepare", 0, frame, loading.casts)
         if loading.empties_cache:
             program.play("prepare", 0, frame, EMPTY_CACHE)
-        program.play("prepare", 0, frame, loading.adapters)
+        if loading.adapters:
+            program.play(
+                "prepare", 0, frame, loading.adapters, loads=[PRODUCTS if self.config.use_dora else ELEMENTWISE]
+            )
+        if (
+            self.loop.is_trainer
+        ):  # `_inner_training_loop` begins with accelerator.free_memory(), transformers trainer.py
+            program.play("prepare", 0, frame, EMPTY_CACHE)
         self.settles = frame, loading.settles
 
     def _play(
@@ -136,26 +147,28 @@ class Composer:
         tape: Tape,
         links: Iterable[Link] = (),
         between: Iterable[tuple[int, int, Tape]] = (),
+        loads: Iterable[str] = (),
     ) -> None:
         """Plays one of `segment`'s tapes; where a thread calls a library for the first time, its workspace comes in.
 
-        `between`: position, frame and tape of other plays in between.
+        `between`: position, frame and tape of other plays in between. `loads`: the kernels that it calls.
         """
         thread = "backward" if phase == "backward" else "forward"
-        inserts = list(between)
+        inserts: list[tuple[int, int, Tape, tuple[str, ...]]] = [(at, other, freed, ()) for at, other, freed in between]
         for library, used, at in segment.first_calls:
             if used is not tape or not self.workspace_bytes or (thread, library) in self.workspaces:
                 continue
             self.workspaces.add((thread, library))
             workspace: Tape = [(0, self.workspace_bytes if library == "cublas" else BLASLT_WORKSPACE_BYTES)]
-            inserts.append((at, self.program.frame_for(workspace, "workspaces"), workspace))
+            inserts.append((at, self.program.frame_for(workspace, "workspaces"), workspace, (PRODUCTS,)))
         begin = 0
-        for at, other, inserted in sorted(inserts, key=lambda insert: insert[0]):
+        for at, other, inserted, called in sorted(inserts, key=lambda insert: insert[0]):
             if at > begin:
-                self.program.play(phase, step, frame, tape[begin:at], links if begin == 0 else ())
+                self.program.play(phase, step, frame, tape[begin:at], links if begin == 0 else (), loads=loads)
                 begin = at
-            self.program.play(phase, step, other, inserted)
-        self.program.play(phase, step, frame, tape[begin:] if begin else tape, links if begin == 0 else ())
+            self.program.play(phase, step, other, inserted, loads=called)
+        links = links if begin == 0 else ()
+        self.program.play(phase, step, frame, tape[begin:] if begin else tape, links, loads=loads)
 
     def _micro_step(self, step: int, pieces: Pieces) -> list[tuple[int, list[tuple[str, int]]]]:
         program = self.program
@@ -167,15 +180,25 @@ class Composer:
         self._play("forward", step, e, embedding, embedding.forward)
         before, slot = e, embedding.out_slot
         frames: list[int] = []
+        # by the first layer; where in it matters little
+        called = [ATTENTION, CUDNN] if layers[0].attention and layers[0].attention.kernel == "cudnn" else [ATTENTION]
         for layer in layers:
             f = program.frame_of(layer)
-            self._play("forward", step, f, layer, layer.forward, [(f, PORT_X, before, slot)])
+            self._play(
+                "forward",
+                step,
+                f,
+                layer,
+                layer.forward,
+                [(f, PORT_X, before, slot)],
+                loads=called if len(frames) == 1 else [],
+            )
             if frames:
                 program.play("forward", step, before, layers[len(frames) - 1].after_next)
             frames.append(f)
             before, slot = f, layer.out_slot
         h = program.frame_of(head.segment)
-        program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)])
+        program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)], loads=called)
         # The model's forward returns: its locals go.
         program.play("forward", step, before, layers[-1].after_next)
         program.play("forward", step, e, embedding.after_model)
@@ -199,7 +222,7 @@ class Composer:
         program.play("loss", step, h, head.segment.after_forward)
         program.play("loss", step, h, head.outputs)
 
-        self._play("backward", step, h, head.segment, head.segment.backward)
+        self._play("backward", step, h, head.segment, head.segment.backward, loads=[BACKWARD])
         before, slot = h, head.segment.dx_slot
         gradients: dict[str, tuple[int, int]] = {}
         for index in reversed(range(len(layers))):

@@ -33,6 +33,8 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
         if w.stored:
             _quantise(loading, w, config, makes_map=makes_map)
             makes_map = False
+            if loading.num_before_kernels is None:
+                loading.num_before_kernels = len(loading.base)
             continue
         loaded = w.loaded_dtype or w.dtype
         slots[id(w)] = loading.allocate(loading.base, w.numel * loaded.itemsize, w.kind)

@@ -18,6 +18,8 @@ class Loading:
     adapters: Tape = field(default_factory=list)
     settles: Tape = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    num_before_kernels: int | None = None
+    """Events of `base` up to the end of the first weight that is quantised, by kernels that are loaded then."""
     empties_cache: bool = False
     """prepare_model_for_kbit_training ends with torch.cuda.empty_cache() (PEFT 0.21.2 utils/other.py)."""
 

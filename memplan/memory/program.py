@@ -30,6 +30,8 @@ class Play:
     frame: int
     tape: Tape
     links: tuple[Link, ...] = ()
+    loads: tuple[str, ...] = ()
+    """Kernels (driver_addresses.py) that are called from here on."""
 
 
 @dataclass
@@ -80,5 +82,7 @@ class Program:
         num_slots = max((slot for slot, _ in tape), default=-1) + 1
         return self.frame([kind] * num_slots, {slot: size for slot, size in tape if size})
 
-    def play(self, phase: str, step: int, frame: int, tape: Tape, links: Iterable[Link] = ()) -> None:
-        self.plays.append(Play(phase, step, frame, tape, tuple(links)))
+    def play(
+        self, phase: str, step: int, frame: int, tape: Tape, links: Iterable[Link] = (), *, loads: Iterable[str] = ()
+    ) -> None:
+        self.plays.append(Play(phase, step, frame, tape, tuple(links), tuple(loads)))

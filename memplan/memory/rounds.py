@@ -77,6 +77,7 @@ def _same(program: Program, a: Round, b: Round) -> bool:
     return all(
         x.tape == y.tape
         and x.phase == y.phase
+        and x.loads == y.loads
         and x.frame + shift == y.frame
         and [(to + shift, ts, of + shift, fs) for to, ts, of, fs in x.links] == list(y.links)
         for x, y in zip(program.plays[a.begin : a.end], program.plays[b.begin : b.end], strict=True)

@@ -58,7 +58,7 @@ def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulat
                 result.phases.append({})
             memory = result.phases[play.step].setdefault(play.phase, PhaseMemory(0, 0, 0, 0))
             allocator.reset_peak()
-            addresses.load_kernels(play.phase)
+        addresses.load(play.loads)
         for to_frame, to_slot, from_frame, from_slot in play.links:
             frames[to_frame][to_slot] = frames[from_frame][from_slot]
         if play.tape is EMPTY_CACHE:

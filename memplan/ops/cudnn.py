@@ -32,14 +32,15 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
         mask = m.empty(mask.shape, q.dtype)
     saved = (q, k, v) if mask is None else (q, k, v, mask)
     node = record(m, _cudnn_backward, (q, k, v), saved)
-    del saved, mask
+    del saved
     batch, heads, tokens, _ = q.shape
     random_state = m.empty((), DType.int64), m.empty((), DType.int64)
     result = attach(node, m.empty((batch, tokens, heads, v.shape[-1]), q.dtype))
-    if node is not None:
-        save_result(node, m.empty((batch, heads, tokens), DType.fp32), result, *random_state)
+    log_sum_exp = m.empty((batch, heads, tokens), DType.fp32)
+    save_result(node, log_sum_exp, result, *random_state)
     if m.device.is_cuda:
         m.workspace(FORWARD_WORKSPACE_BYTES)
+    del mask, log_sum_exp  # the operator's own, up to its end
     return result
 
 

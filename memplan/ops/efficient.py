@@ -26,12 +26,13 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
             mask = m.empty((*mask.shape[:-1], -(-mask.shape[-1] // MASK_ALIGNMENT) * MASK_ALIGNMENT), q.dtype)
     saved = (q, k, v) if mask is None else (q, k, v, mask)
     node = record(m, _efficient_backward, (q, k, v), saved)
-    del saved, mask
+    del saved
     batch, heads, tokens, _ = q.shape
     result = m.empty((batch, tokens, heads, v.shape[-1]), q.dtype)
     log_sum_exp = m.empty((batch, heads, -(-tokens // 32) * 32), DType.fp32)
     attach(node, result)
     save_result(node, result, log_sum_exp)
+    del mask, log_sum_exp
     return result
 
 

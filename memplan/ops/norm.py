@@ -155,10 +155,11 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         m = x.machine
+        # C++ casts its arguments from the last to the first (seen in allocation traces of an H200).
+        bias = None if self.bias is None else high(self.bias)
+        weight = None if self.weight is None else high(self.weight)
         x = high(x)
         copies = self.strided and m.device.is_cuda
-        weight = None if self.weight is None else high(self.weight)
-        bias = None if self.bias is None else high(self.bias)
         inputs = [x, *[t for t in (weight, bias) if t is not None]]
         saved = [x] + ([weight] if weight is not None else []) + ([bias] if bias is not None else [])
         node = record(m, _layer_norm_backward, inputs, saved, meta=(len(saved), copies))

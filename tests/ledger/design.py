@@ -18,7 +18,7 @@ from memplan.memory.optimizers import OPTIMIZERS
 from memplan.train_config import TrainConfig
 from tests.oracle.configs import CONFIGS
 
-RUNS_A_FAMILY = 7
+RUNS_A_FAMILY = 6
 RUNS_A_VARIANT = 3
 PLAIN: tuple[dict[str, Any], ...] = ({}, {"method": "lora", "checkpointing": "ckpt"}, {"method": "qlora"})
 CANDIDATES = 24
