@@ -8,16 +8,26 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memplan import TrainConfig, estimate
 from memplan.cli import app
+from memplan.cli.compare import comparison_lines
+from memplan.cli.estimate import estimate_lines
+from memplan.cli.explain import explanation
+from memplan.cli.fit import card_lines, fit_lines
 from memplan.cli.options import RUN_OPTIONS, fields_of
+from memplan.cli.output import rendered
+from memplan.compare import compare
+from memplan.fit import fit
 
 MODEL = "smollm2-135m"
+TRACED = Path(__file__).parent / "data" / "traced" / "h200.jsonl"
 ESCAPE = "\x1b"
 
 
@@ -96,6 +106,11 @@ def test_estimate_leaves_out_what_the_method_has_no_use_for(memplan: Memplan) ->
         ("compare", "llama-3.1-405b"),
         ("compare", "deepseek-r1-distill-llama-70b"),
         ("estimate", "llama-7b", "--method", "qlora", "--explain"),
+        ("fit", MODEL),
+        ("fit", "llama-3-8b", "--gpu", "rtx-4080"),
+        ("cost", MODEL, "--gpu", "h200", "--num-tokens", "1M", "--price", "2", "--variants", "3"),
+        ("plan", MODEL, "--num-tokens", "1M", "--gpus", "a100-80gb-pcie,rtx-4090", "--methods", "full,lora"),
+        ("validate", str(TRACED), "--components"),
         ("plot", "-h"),
         ("models",),
         ("models", "show", "gemma-3-4b"),
@@ -109,7 +124,7 @@ def test_estimate_leaves_out_what_the_method_has_no_use_for(memplan: Memplan) ->
 )
 def test_no_line_is_wider_than_a_terminal(memplan: Memplan, arguments: tuple[str, ...]) -> None:
     result = memplan(*arguments)
-    assert result.status == 0
+    assert result.status == ("does not fit:" in result.out)
     assert ESCAPE not in result.out
     assert max(map(len, result.out.splitlines())) <= 80
 
@@ -379,7 +394,73 @@ def test_colour_is_for_terminals_that_want_it(environment: dict[str, str], colou
     assert "b300" in shown
 
 
-def test_a_terminal_of_another_encoding_gets_its_numbers() -> None:
+def test_a_terminal_of_another_encoding_gets_letters_that_it_has() -> None:
     done = process("estimate", MODEL, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0
-    assert "allocated" in done.stdout
+    assert done.stdout.isascii()
+    assert re.search(r"^  weights .* %  -+$", done.stdout, re.MULTILINE)
+    assert "lora* | stack trl*" in done.stdout
+    assert "?" not in done.stdout
+
+
+def test_a_pipe_gets_the_same_whatever_the_terminal(memplan: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = memplan("estimate", MODEL, "--gpu", "h200").out
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setenv("TERM", "dumb")
+    assert memplan("estimate", MODEL, "--gpu", "h200").out == plain
+    assert ESCAPE not in plain
+    assert not re.search(r" $", plain, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colour_can_be_forced(
+    memplan: Memplan, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], coloured: bool
+) -> None:
+    """The words are the same; codes are of the 16 colours and of bold and dim, and none is left on."""
+    plain = memplan("estimate", MODEL, "--gpu", "h200").out
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", **environment}.items():
+        monkeypatch.setenv(name, value)
+    shown = memplan("estimate", MODEL, "--gpu", "h200").out
+    codes = {code for found in re.findall(rf"{ESCAPE}\[([\d;]*)m", shown) for code in found.split(";")}
+    assert codes == ({"0", "1", "2", "32", "36", "90"} if coloured else set())
+    assert shown.count(f"{ESCAPE}[0m") * 2 == shown.count(ESCAPE)
+    words = re.sub(rf"{ESCAPE}\[[\d;]*m", "", shown)
+    assert [line.rstrip("━╸╺ ") for line in words.splitlines()] == [line.rstrip("━╸ ") for line in plain.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, Callable[[], Iterator[Any]]]:
+    """What some commands show; the work is done once."""
+    run, methods = estimate(MODEL), compare(MODEL)
+    cards = [fit(MODEL, run.config, gpu=gpu) for gpu in ("1000MiB", "h200")]
+    return {
+        "estimate": lambda: estimate_lines(run),
+        "explain": lambda: explanation(run),
+        "compare": lambda: comparison_lines(methods),
+        "cards": lambda: card_lines(cards),
+        **{f"fit {report.gpu.name}": partial(fit_lines, report) for report in cards},
+    }
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 100, 300])
+def test_no_number_is_cut_or_broken_however_wide_the_terminal_is(
+    documents: dict[str, Callable[[], Iterator[Any]]], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    for name, lines in documents.items():
+        monkeypatch.setenv("COLUMNS", "80")
+        whole = rendered(lines())
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown = rendered(lines())
+        assert re.findall(r"[\d.,]*\d", shown) == re.findall(r"[\d.,]*\d", whole), name
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= min(max(columns, 80), 120), name
+
+
+def test_bars_of_fit_are_as_long_as_the_card(documents: dict[str, Callable[[], Iterator[Any]]]) -> None:
+    """The longer of what is needed and what is there fills the lines; over many cards each has all of its bar."""
+    lengths = {name: [len(bar) for bar in re.findall("[━╸]+", rendered(lines()))] for name, lines in documents.items()}
+    needed, card = lengths["fit h200"]
+    assert needed < card / 50
+    needed, card = lengths["fit 1000MiB"]
+    assert needed * 0.5 < card < needed
+    assert lengths["cards"][0] == max(lengths["cards"]) > 5 * lengths["cards"][1]

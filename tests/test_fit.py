@@ -10,6 +10,7 @@ import pytest
 from memplan import catalog, estimate, gpus
 from memplan.cli import app
 from memplan.cli.fit import fit_lines
+from memplan.cli.output import rendered
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.fit import KNOBS, FitReport, Fitter, Knob, fit, over_cards, solve
 from memplan.memory.allocator_config import AllocatorConfig
@@ -150,7 +151,7 @@ def test_loading_may_take_more_than_training() -> None:
     report = fit("bloom-7b1", gpu=f"{between / GIB:.9f}GiB", **run)
     assert report.headroom_bytes > 0
     assert report.verdict == "does not fit"
-    assert "loading takes" in "".join(fit_lines(report))
+    assert "loading takes" in rendered(fit_lines(report))
 
 
 def test_a_fraction_of_the_card_is_all_that_may_be_reserved() -> None:

@@ -129,9 +129,16 @@ def test_a_quick_command_imports_nothing_heavy(arguments: tuple[str, ...]) -> No
     assert not loaded_by(*arguments) & (HEAVY | {"huggingface_hub", "yaml"})
 
 
-def test_an_estimate_imports_no_rich() -> None:
-    """rich takes as long to import as the estimate."""
-    assert "rich" not in loaded_by("estimate", "smollm2-135m")
+@pytest.mark.parametrize("arguments", [("estimate", "smollm2-135m", "--json"), ("gpus", "--json"), ("--version",)])
+def test_json_imports_no_rich(arguments: tuple[str, ...]) -> None:
+    assert "rich" not in loaded_by(*arguments)
+
+
+def test_an_estimate_imports_of_rich_what_tables_need() -> None:
+    """Markdown, tracebacks and progress are most of rich, and Pygments is as much again."""
+    loaded = set(modules_after("estimate", "smollm2-135m"))
+    assert "rich.table" in loaded
+    assert not loaded & {"pygments", "rich.markdown", "rich.pretty", "rich.progress", "rich.syntax", "rich.traceback"}
 
 
 def test_only_the_named_command_is_imported() -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from memplan import estimate, gpus, plot
 from memplan.calibration.choose import cases_for
 from memplan.cli import app
+from memplan.cli.output import rendered
 from memplan.cli.validate import row_lines
 from memplan.errors import MemplanError
 from memplan.gpus import DetectedGpu
@@ -237,14 +238,14 @@ def test_a_run_that_exceeded_the_card_is_a_verdict(tmp_path: Path, capsys: pytes
     assert "1 verdict at a limit of memory, 0 false fits" in capsys.readouterr().out
     (verdict,) = validate([str(path)]).comparison.verdicts
     assert (verdict.ran, verdict.predicted_fits, verdict.limit_bytes) == (False, False, 24 * 2**30)
-    lines = "\n".join(row_lines(validate([path])))
+    lines = rendered(row_lines(validate([path])))
     assert re.search(r"big\n    predicted [\d.]+ of 24\.000: does not fit, measured: does not fit", lines)
 
 
 def test_calibrate_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     measured = sorted((Path(__file__).parent / "data" / "measured").glob("*.jsonl"))
     validation = validate(measured)
-    text = "\n".join(row_lines(validation))
+    text = rendered(row_lines(validation))
     for run in validation.runs:
         assert f"  {run.record.case.id}\n" in text
     assert len(re.findall(r"^    (?:allocated|reserved|process) ", text, re.MULTILINE)) == len(

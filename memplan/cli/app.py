@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from memplan.cli.render import emit
+from memplan.cli.output import accept_any_encoding, emit
 from memplan.errors import MemplanError
 
 COMMANDS = {
@@ -97,10 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs `memplan` and returns its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="replace")  # a terminal of another encoding gets `?` for a bar, not a crash
+    accept_any_encoding()
     named = _named(arguments)
     try:
         status = build(named)(args=list(arguments) or ["--help"], prog_name="memplan", standalone_mode=False)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import emit, gib, join, paragraph
+from memplan.cli.figures import gib
+from memplan.cli.output import display, emit
+from memplan.cli.render import paragraph
 from memplan.errors import MemplanError
 
 if TYPE_CHECKING:
@@ -154,17 +156,17 @@ def _report(out: Path) -> None:
 
     file = read_records(out)
     validation = validate([out])
-    emit(join([*row_lines(validation), "", *validation_lines(validation, "method", 3)]))
+    display([*row_lines(validation), "", *validation_lines(validation, "method", 3)])
     try:
         traced = traced_runs(validation, [out])
     except MemplanError as error:  # of what was measured nothing is lost
         emit(f"components are not compared: {error.message}", err=True)
     else:
         if traced:
-            emit(join(["", *component_lines(traced, 3)]))
+            display(["", *component_lines(traced, 3)])
     for record in file.records:
         if record.status not in ("ok", "oom"):
-            emit(join(paragraph(f"{record.case.id}: {record.status}: {record.error}")), err=True)
+            display([paragraph(f"{record.case.id}: {record.status}: {record.error}")], err=True)
     if file.environment is not None:
         path = profiles.save(profile_of(file.environment, file.records))
         emit(f"records: {out}\nprofile of this GPU: {path}; estimates for it use it from now on", err=True)

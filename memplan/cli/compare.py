@@ -9,10 +9,14 @@ import typer
 
 from memplan.cli import options
 from memplan.cli.estimate import STACKS
-from memplan.cli.render import bold, columns, dim, emit, gib, heading, join, paragraph, percent
+from memplan.cli.figures import gib, percent
+from memplan.cli.output import display, emit
+from memplan.cli.render import bold, heading, line, paragraph, table, verdict, warning
 from memplan.units import human
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from memplan.compare import Column, Comparison
 
 EPILOG = """Examples:
@@ -24,7 +28,7 @@ EPILOG = """Examples:
   memplan compare qwen3-8b --gpu rtx-4090 --json
 """
 
-_SAYS = {"fits": "fits", "close": "close", "does not fit": dim("no")}
+_SAYS = {"fits": "fits", "close": "close", "does not fit": "no"}
 _HEADS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -55,39 +59,38 @@ def compare(
 
         emit(CompareReport.of(comparison).model_dump_json(indent=2))
         return
-    emit(join(comparison_lines(comparison)))
+    display(comparison_lines(comparison))
 
 
-def comparison_lines(comparison: Comparison) -> Iterator[str]:
-    table = comparison.columns
-    first = table[0].estimate
+def comparison_lines(comparison: Comparison) -> Iterator[RenderableType]:
+    methods = comparison.columns
+    first = methods[0].estimate
     config = first.config
     batch = f"micro-batch {config.micro_batch_size} × {config.seq_len} tokens"
-    yield from paragraph(f"{bold(first.model.label)}: {batch}, as {STACKS[config.stack]} runs it", indent=0)
-    ranked = table[1].estimate.config
+    yield line(bold(first.model.label), f": {batch}, as {STACKS[config.stack]} runs it")
+    ranked = methods[1].estimate.config
     targets = ranked.target_modules
     adapted = targets if isinstance(targets, str) else ", ".join(targets)
-    yield from paragraph(f"rank {ranked.rank} on {adapted}; sizes in GiB", indent=0)
+    yield paragraph(f"rank {ranked.rank} on {adapted}; sizes in GiB", indent=0)
     yield ""
-    rows = [("", *(bold(_HEADS[c.estimate.config.method]) for c in table))]
-    rows += [(label, *(write(column) for column in table)) for label, write in _rows(comparison.num_variants)]
-    yield from columns(rows, "lrrr", gap=3)
+    heads = ("", *(_HEADS[c.estimate.config.method] for c in methods))
+    rows = [(label, *map(write, methods)) for label, write in _rows(comparison.num_variants)]
+    yield table(rows, "trrr", heads=heads, gap=3)
     yield ""
     yield heading("on common cards", "nothing else on the card; `memplan fit` decides what is close")
-    verdicts = [
-        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *(_SAYS[column.verdicts[gpu.name]] for column in table))
+    verdicts: list[tuple[RenderableType, ...]] = [
+        (gpu.name, f"{gib(gpu.memory_bytes)} GiB", *(verdict(_SAYS[column.verdicts[gpu.name]]) for column in methods))
         for gpu in comparison.gpus
     ]
-    yield from columns([("", "", *(_HEADS[c.estimate.config.method] for c in table)), *verdicts], "lrrrr", gap=4)
+    yield table(verdicts, "lrrrr", heads=("", *heads), gap=4)
     yield ""
     basis = f"{first.runtime.basis}: {first.runtime.source}"
     beside = f"Beside reserved memory the process holds driver, context and kernels, {basis}"
-    yield from (dim(line) for line in paragraph(beside, indent=0))
-    for warning in dict.fromkeys(w for column in table for w in column.estimate.warnings):
-        yield from paragraph(warning, first="warning: ")
+    yield paragraph(beside, indent=0, style="dim")
+    yield from map(warning, dict.fromkeys(w for column in methods for w in column.estimate.warnings))
 
 
-def _rows(num_variants: int) -> list[tuple[str, Callable[[Column], str]]]:
+def _rows(num_variants: int) -> list[tuple[str, Callable[[Column], RenderableType]]]:
     return [
         ("trainable parameters", lambda c: f"{c.estimate.num_trainable_params:,}"),
         ("  of all", lambda c: percent(c.estimate.num_trainable_params, c.estimate.num_params)),

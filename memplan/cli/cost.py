@@ -10,12 +10,16 @@ import typer
 
 from memplan.cli import amounts, options
 from memplan.cli.amounts import AMOUNT, PRICE
-from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
+from memplan.cli.figures import gib, percent
+from memplan.cli.output import display, emit
+from memplan.cli.render import bar, bold, heading, line, paragraph, table, warning
 from memplan.dataset import CHARS_PER_TOKEN
 from memplan.errors import MemplanError
 from memplan.units import dollars_text, hours_text, human
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from memplan.cost import Cost
     from memplan.storage import Storage
 
@@ -27,7 +31,6 @@ EPILOG = """Examples:
 
   memplan cost llama-3.1-8b --gpu a100-80gb --num-samples 20000 --price 1.79 --variants 50
 """
-_WIDTH_OF_BAR = 30
 
 
 def register(app: typer.Typer, summary: str) -> None:
@@ -127,18 +130,19 @@ def cost(
 
         emit(CostReport.of(result, kept).model_dump_json(indent=2))
         return
-    emit(join(cost_lines(result, kept)))
+    display(cost_lines(result, kept))
 
 
-def cost_lines(result: Cost, kept: Storage | None) -> Iterator[str]:
+def cost_lines(result: Cost, kept: Storage | None) -> Iterator[RenderableType]:
     config = result.config
     rank = f" rank {config.rank}" if config.trains_adapters else ""
     batch = f"{config.micro_batch_size} × {config.seq_len} tokens"
     if config.gradient_accumulation_steps > 1:
         batch += f" × {config.gradient_accumulation_steps} steps accumulated"
-    yield f"{bold(result.model)}: {config.method}{rank}, {batch}, on {result.gpu}"
+    yield line(bold(result.model), f": {config.method}{rank}, {batch}, on {result.gpu}")
     yield ""
     low, high = result.interval
+    rows: list[tuple[RenderableType, ...]]
     rows = [("time", bold(hours_text(result.hours)), f"between {hours_text(low)} and {hours_text(high)}")]
     if result.dollars is not None and result.dollars_interval is not None:
         between = " and ".join(map(dollars_text, result.dollars_interval))
@@ -148,37 +152,34 @@ def cost_lines(result: Cost, kept: Storage | None) -> Iterator[str]:
     rows.append(("speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.num_tokens:,} tokens"))
     rows.append(("step", f"{result.step_seconds:.3g} s", f"{result.num_steps:,} steps"))
     rows.append(("MFU", percent(result.mfu, 1), "of the GPU's peak, recomputation not counted"))
-    yield from columns(rows, "lrl")
+    yield table(rows, "lrt")
     yield ""
     yield heading("one step", f"bound by {result.bound_by}")
-    yield from columns(_part_rows(result), "lrrl")
+    yield table(_part_rows(result), "lrrb")
     yield ""
     if not result.fits:
-        yield from paragraph(
-            f"it does not fit: {gib(result.process_bytes)} GiB on {result.gpu}; see `memplan fit`", first="warning: "
-        )
+        yield warning(f"it does not fit: {gib(result.process_bytes)} GiB on {result.gpu}; see `memplan fit`")
     if kept is not None:
         yield heading(f"{kept.num_variants} fine-tuned models on disk")
-        yield from columns(
+        yield table(
             [
                 ("full copies", human(kept.full_copies_bytes), ""),
                 ("base and adapters", human(kept.adapters_bytes), f"{human(kept.adapter_bytes)} an adapter"),
             ],
-            "lrl",
+            "lrt",
         )
         yield ""
-    for line in result.assumptions:
-        yield from (dim(part) for part in paragraph(line))
+    for said in result.assumptions:
+        yield paragraph(said, style="dim")
 
 
-def _part_rows(result: Cost) -> list[tuple[str, str, str, str]]:
+def _part_rows(result: Cost) -> list[tuple[RenderableType, ...]]:
     """The device's work by kind, and the host beside it: the longer of the two decides."""
     device = sum(result.device_seconds.values())
     whole = max(device, result.host_seconds)
     parts = [(name, seconds) for name, seconds in result.device_seconds.items() if seconds]
     rows = [
-        (name, f"{seconds * 1e3:,.1f} ms", percent(seconds, device), bar(seconds, whole, _WIDTH_OF_BAR))
-        for name, seconds in parts
+        (name, f"{seconds * 1e3:,.1f} ms", percent(seconds, device), bar(seconds, whole)) for name, seconds in parts
     ]
     host = result.host_seconds
-    return [*rows, ("host launching them", f"{host * 1e3:,.1f} ms", "", bar(host, whole, _WIDTH_OF_BAR))]
+    return [*rows, ("host launching them", f"{host * 1e3:,.1f} ms", "", bar(host, whole))]

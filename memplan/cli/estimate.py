@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
+from memplan.cli.figures import gib, percent
+from memplan.cli.output import display, emit
+from memplan.cli.render import BAD, GOOD, bar, bold, heading, line, packed, paragraph, table, warning
 from memplan.train_config import ADAPTER_FIELDS, QUANT_FIELDS, TrainConfig
 from memplan.units import human
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
     from memplan.estimate import Estimate
 
 EPILOG = """Examples:
@@ -26,8 +31,6 @@ EPILOG = """Examples:
 
 STACKS = {"torch": "a plain PyTorch loop", "trainer": "transformers' Trainer", "trl": "TRL's SFTTrainer"}
 _LABELS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
-_WIDTH_OF_BAR = 36
-_SPACE = "\u00a0"  # textwrap does not break at it
 
 Explain = Annotated[
     bool,
@@ -63,40 +66,40 @@ def estimate(
         emit(EstimateReport.of(result, explained=explain).model_dump_json(indent=2))
         return
     if explain:
-        from memplan.cli.explain import explanation_text
+        from memplan.cli.explain import explanation
 
-        emit(explanation_text(result))
+        display(explanation(result))
         return
-    emit(join(estimate_lines(result)))
+    display(estimate_lines(result))
 
 
-def title(result: Estimate) -> str:
+def title(result: Estimate) -> Text:
     """`llama-7b: QLoRA, rank 16, as TRL's SFTTrainer runs it`"""
     config = result.config
     rank = f" rank {config.rank}" if config.trains_adapters else ""
-    return f"{bold(result.model.label)}: {_LABELS[config.method]}{rank}, as {STACKS[config.stack]} runs it"
+    said = f": {_LABELS[config.method]}{rank}, as {STACKS[config.stack]} runs it"
+    return line(bold(result.model.label), said)
 
 
-def estimate_lines(result: Estimate) -> Iterator[str]:
+def estimate_lines(result: Estimate) -> Iterator[RenderableType]:
     yield title(result)
     yield from count_lines(result)
     yield ""
     yield heading("run", "* not given: as the stack sets it")
-    yield from run_lines(result.config)
+    yield run_table(result.config)
     yield ""
     yield heading(f"alive at the peak ({result.peak_phase})", "GiB")
-    yield from component_lines(result)
+    yield component_table(result)
     yield ""
     yield heading("peak of each phase", "GiB")
-    phases = [f"{name}{_SPACE}{gib(size)}" for name, size in result.phases.items() if name != "zero_grad"]
-    yield from _packed(phases, first="  ")
+    phases = (f"{name} {gib(size)}" for name, size in result.phases.items() if name != "zero_grad")
+    yield table([(packed(phases),)], "t")
     yield ""
     yield from tier_lines(result)
-    for warning in result.warnings:
-        yield from paragraph(warning, first="warning: ")
+    yield from map(warning, result.warnings)
 
 
-def run_lines(config: TrainConfig) -> Iterator[str]:
+def run_table(config: TrainConfig) -> RenderableType:
     """Every assumption of the run by its option, in the panels of the help; a star where the user said nothing."""
     unused = {
         *(ADAPTER_FIELDS if config.method == "full" else ()),
@@ -104,20 +107,15 @@ def run_lines(config: TrainConfig) -> Iterator[str]:
     }
     unused |= {"reentrant"} if not config.gradient_checkpointing else set()
     unused |= {"double_quant"} if config.quant_type == "int8" else set()
-    for panel, names in options.fields_by_panel().items():
-        label = panel.partition(" ")[0].lower()
-        said = [_stated(config, name, label) for name in names if name not in unused]
-        yield from _packed(said, first=f"  {label:9}  ")
+    panels = {panel.partition(" ")[0].lower(): names for panel, names in options.fields_by_panel().items()}
+    return table([(label, packed(_stated(config, label, names, unused))) for label, names in panels.items()], "lt")
 
 
-def _packed(items: list[str], *, first: str) -> list[str]:
-    """`items` in lines of at most 80 columns, none of them broken."""
-    return [line.replace(_SPACE, " ") for line in paragraph(f"{_SPACE}· ".join(items), first=first)]
-
-
-def _stated(config: TrainConfig, name: str, label: str) -> str:
-    option = "" if name == label else name.replace("_", "-") + _SPACE
-    return option + _value(getattr(config, name)) + ("" if name in config.model_fields_set else "*")
+def _stated(config: TrainConfig, label: str, names: Iterable[str], unused: set[str]) -> Iterator[str]:
+    for name in names:
+        if name not in unused:
+            option = "" if name == label else name.replace("_", "-") + " "
+            yield option + _value(getattr(config, name)) + ("" if name in config.model_fields_set else "*")
 
 
 def _value(value: object) -> str:
@@ -128,38 +126,38 @@ def _value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def component_lines(result: Estimate) -> list[str]:
+def component_table(result: Estimate) -> RenderableType:
     total = result.allocated_bytes
     rows = [
-        (name.replace("_", " "), gib(size), percent(size, total), bar(size, total, _WIDTH_OF_BAR))
+        (name.replace("_", " "), gib(size), percent(size, total), bar(size, total))
         for name, size in result.components.items()
     ]
-    return [*columns(rows, "lrrl")]
+    return table(rows, "lrrb")
 
 
-def tier_lines(result: Estimate) -> Iterator[str]:
+def tier_lines(result: Estimate) -> Iterator[RenderableType]:
     """The three tiers, what each is and where its constants come from."""
     runtime = result.runtime
     beside = result.process_bytes - result.reserved_bytes
     process = f"{gib(result.process_bytes)}"
     in_gb = f"({result.process_bytes / 1e9:.2f} GB)"
     yield heading("three tiers, at their peaks", "GiB")
-    yield from columns(
+    yield table(
         [
             ("allocated", gib(result.allocated_bytes), "live tensors (torch.cuda.max_memory_allocated)"),
             ("reserved", gib(result.reserved_bytes), "the caching allocator's (max_memory_reserved)"),
             (bold("process"), bold(process), f"{in_gb} of the card, the driver's part included"),
         ],
-        "lrl",
+        "lrt",
     )
     source = f"{gib(beside)} beside reserved for driver, context and kernels, {runtime.basis}: {runtime.source}"
     source += "; name your card with --gpu" if result.gpu is None else ""
-    yield from (dim(line) for line in paragraph(source))
+    yield paragraph(source, style="dim")
     if result.gpu is not None:
         gpu = result.gpu
         spare = gpu.memory_bytes - result.process_bytes
-        verdict = f"{gib(spare)} GiB to spare" if spare >= 0 else f"{gib(-spare)} GiB short"
-        yield f"  {gpu.name} has {gib(gpu.memory_bytes)} GiB: {verdict}"
+        said = (f"{gib(spare)} GiB to spare", GOOD) if spare >= 0 else (f"{gib(-spare)} GiB short", BAD)
+        yield line(f"  {gpu.name} has {gib(gpu.memory_bytes)} GiB: ", said)
 
 
 def count_lines(result: Estimate) -> Iterator[str]:

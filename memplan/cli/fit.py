@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memplan.cli import options
 from memplan.cli.estimate import title
-from memplan.cli.render import bar, bold, columns, dim, emit, gib, heading, join, paragraph, percent
+from memplan.cli.figures import gib, percent
+from memplan.cli.output import display, emit
+from memplan.cli.render import STYLES, bar, bold, dim, heading, line, paragraph, table, verdict
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from memplan.fit import FitReport
 
 EPILOG = """Examples:
@@ -72,7 +76,7 @@ def fit(
 
         emit(FitDocument.of(report).model_dump_json(indent=2))
     else:
-        emit(join(fit_lines(report)))
+        display(fit_lines(report))
     if report.verdict == "does not fit" or (strict and not report.fits):
         raise typer.Exit(1)
 
@@ -86,30 +90,45 @@ def _over_cards(model: str, run: dict[str, Any], allocator: str | None, as_json:
 
         emit(CardsDocument.of(reports).model_dump_json(indent=2))
         return
-    lines = [title(reports[0].estimate), "", heading("on common cards", "GiB; name yours with --gpu")]
+    display(card_lines(reports))
+
+
+def card_lines(reports: Sequence[FitReport]) -> Iterator[RenderableType]:
+    """One run over many cards; each bar is as long as its card has memory."""
+    yield title(reports[0].estimate)
+    yield ""
+    yield heading("on common cards", "GiB; name yours with --gpu")
     rows = [
-        (r.gpu.name, gib(r.capacity_bytes), gib(r.process_bytes), _signed(r.headroom_bytes), bold(r.verdict))
+        (
+            r.gpu.name,
+            gib(r.capacity_bytes),
+            gib(r.process_bytes),
+            percent(r.process_bytes, r.capacity_bytes),
+            _signed(r.headroom_bytes),
+            verdict(r.verdict),
+            bar(r.process_bytes, r.capacity_bytes, STYLES[r.verdict]),
+        )
         for r in reports
     ]
-    lines += columns([(dim("card"), dim("has"), dim("needed"), dim("to spare"), ""), *rows], "lrrrl")
-    emit(join(lines))
+    yield table(rows, "lrrrrlb", heads=("card", "has", "needed", "", "to spare", "", ""))
 
 
-def fit_lines(report: FitReport) -> Iterator[str]:
+def fit_lines(report: FitReport) -> Iterator[RenderableType]:
     yield title(report.estimate)
     needed, capacity = report.process_bytes, report.capacity_bytes
+    longer = max(needed, capacity)
     yield ""
-    yield from columns(
+    yield table(
         [
-            ("needs", gib(needed), bar(needed, max(needed, capacity), 48)),
-            (report.gpu.name, gib(capacity), bar(capacity, max(needed, capacity), 48)),
+            ("needs", gib(needed), bar(needed, longer, STYLES[report.verdict])),
+            (report.gpu.name, gib(capacity), bar(capacity, longer, "none")),
         ],
-        "lrl",
+        "lrb",
     )
     yield ""
-    yield bold(f"{report.verdict}: {_in_words(report)}")
+    yield line(verdict(report.verdict, style="bold"), (f": {_in_words(report)}", "bold"))
     if report.largest:
-        yield from columns(
+        yield table(
             [(f"largest {knob.replace('_', '-')} that fits, alone", f"{n:,}") for knob, n in report.largest.items()],
             "lr",
         )
@@ -134,20 +153,22 @@ def _in_words(report: FitReport) -> str:
     return f"{said}; measured runs have taken up to {gib(report.band_bytes)} GiB beyond their prediction"
 
 
-def _why(report: FitReport) -> Iterator[str]:
+def _why(report: FitReport) -> Iterator[RenderableType]:
     made = report.estimate
     alive = sorted(made.components.items(), key=lambda item: -item[1])[:4]
     parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in alive)
-    yield from paragraph(f"alive at the peak ({made.peak_phase}): {parts} GiB")
+    yield paragraph(f"alive at the peak ({made.peak_phase}): {parts} GiB")
     if not report.suggestions:
-        yield from paragraph("no one change, and no two, of those memplan knows make it fit")
+        yield paragraph("no one change, and no two, of those memplan knows make it fit")
         return
     yield ""
     yield heading("what makes it fit", "GiB then needed")
+    rows: list[tuple[RenderableType, ...]] = []
     for suggestion in report.suggestions:
-        yield f"  {gib(suggestion.process_bytes):>7}  {bold(suggestion.flags)}"
         said = f"in place of {suggestion.in_place_of}; " if suggestion.in_place_of else ""
-        yield from (dim(line) for line in paragraph(said + suggestion.cost, indent=11))
+        rows.append((gib(suggestion.process_bytes), bold(suggestion.flags)))
+        rows.append(("", dim(said + suggestion.cost)))
+    yield table(rows, "rt")
 
 
 def _signed(num_bytes: int) -> str:

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bold, columns, emit, gib, join, paragraph
+from memplan.cli.figures import gib
+from memplan.cli.output import display, emit
+from memplan.cli.render import paragraph, table
 
 EPILOG = """Examples:
 
@@ -43,8 +45,8 @@ def gpus(
 
         emit(GpusReport(gpus=[GpuReport.of(row) for row in rows]).model_dump_json(indent=2))
         return
-    table = [(bold("name"), "GiB", "GB/s", "bf16 TFLOPS", "fp32", "watts", "generation")]
-    table += [
+    heads = ("name", "GiB", "GB/s", "bf16 TFLOPS", "fp32", "watts", "generation")
+    cells = [
         (
             row.name,
             gib(row.memory_bytes),
@@ -56,9 +58,8 @@ def gpus(
         )
         for row in rows
     ]
-    emit(join(columns(table, "lrrrrrl", indent=0)))
-    emit("")
-    emit(join(paragraph("Memory is what the driver reports. `--json` has each row's source.", indent=0)))
+    note = paragraph("Memory is what the driver reports. `--json` has each row's source.", indent=0)
+    display([table(cells, "lrrrrrl", heads=heads, indent=0), "", note])
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph, percent
+from memplan.cli.figures import percent
+from memplan.cli.output import display, emit
+from memplan.cli.render import UNSURE, bold, heading, paragraph, table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from memplan.anatomy import Anatomy
     from memplan.model_spec import ModelSpec
 
@@ -55,12 +59,12 @@ def list_models(
 
         emit(ModelsReport(models=[ModelReport.of(spec) for spec in specs]).model_dump_json(indent=2))
         return
-    rows = [(bold("name"), "type", "parameters", "layers", "hidden")]
-    rows += [
+    heads = ("name", "type", "parameters", "layers", "hidden")
+    rows = [
         (s.label, s.model_type, f"{s.num_parameters or 0:,}", str(s.num_hidden_layers), f"{s.hidden_size:,}")
         for s in specs
     ]
-    emit(join(columns(rows, "llrrr", indent=0)))
+    display([table(rows, "llrrr", heads=heads, indent=0)])
 
 
 def show(model: options.Model, as_json: options.Json = False) -> None:
@@ -75,10 +79,10 @@ def show(model: options.Model, as_json: options.Json = False) -> None:
 
         emit(ModelShowReport.of(spec, taken_apart).model_dump_json(indent=2))
         return
-    emit(join([*_spec_lines(spec), *_anatomy_lines(taken_apart), *_origin_lines(spec)]))
+    display([*_spec_lines(spec), *_anatomy_lines(taken_apart), *_origin_lines(spec)])
 
 
-def _spec_lines(spec: ModelSpec) -> Iterator[str]:
+def _spec_lines(spec: ModelSpec) -> Iterator[RenderableType]:
     """What differs from a field's default."""
     apart = ("name", "aliases", "source", "num_parameters", "hf_repo", "notes", "left_out")
     yield bold(spec.label)
@@ -87,39 +91,41 @@ def _spec_lines(spec: ModelSpec) -> Iterator[str]:
         value = getattr(spec, name)
         if name not in apart and (field.is_required() or value != field.default):
             rows.append((name, _short(value)))
-    yield from columns(rows, "ll")
+    yield table(rows, "lt")
 
 
-def _anatomy_lines(taken_apart: Anatomy) -> Iterator[str]:
+def _anatomy_lines(taken_apart: Anatomy) -> Iterator[RenderableType]:
     """Parameters by part, the ledger of one layer, pitfalls."""
     from memplan.anatomy import SEQ_LEN
 
     parts = taken_apart.parts
     total = sum(parts.values())
+    yield ""
     yield heading("parameters", f"{total:,}")
-    yield from columns([(name, f"{count:,}", percent(count, total)) for name, count in parts.items()], "lrr")
+    yield table([(name, f"{count:,}", percent(count, total)) for name, count in parts.items()], "trr")
+    yield ""
     yield heading("one layer keeps for backward", f"bytes a token of {SEQ_LEN:,}, rank 16, --stack trl")
     kept = taken_apart.kept_per_token
-    rows = [("", *kept)]
-    rows += [
+    rows = [
         (f"{num_layers} × {kind}", *(f"{by_kind[kind]:,}" for by_kind in kept.values()))
         for kind, num_layers in taken_apart.num_layers.items()
     ]
     rows.append(("with gradient checkpointing", *(f"{n:,}" for n in taken_apart.checkpointed_per_token.values())))
-    yield from columns(rows, "lrrr")
+    yield table(rows, "trrr", heads=("", *kept))
+    yield ""
     for pitfall in taken_apart.pitfalls:
-        yield from paragraph(pitfall, first="pitfall  ")
+        yield paragraph(pitfall, first="pitfall  ", mark=UNSURE)
 
 
-def _origin_lines(spec: ModelSpec) -> Iterator[str]:
+def _origin_lines(spec: ModelSpec) -> Iterator[RenderableType]:
     """Other names, source and notes."""
     names = [*spec.aliases, *([spec.hf_repo] if spec.hf_repo else [])]
     if names:
-        yield from paragraph(", ".join(dict.fromkeys(names)), first="also known as  ")
+        yield paragraph(", ".join(dict.fromkeys(names)), first="also known as  ")
     if spec.source:
-        yield from (dim(line) for line in paragraph(spec.source, first="source  "))
+        yield paragraph(spec.source, first="source  ", style="dim")
     for note in (*spec.left_out, *spec.notes):
-        yield from paragraph(note, first="note  ")
+        yield paragraph(note, first="note  ")
 
 
 def _short(value: object) -> str:

@@ -10,11 +10,15 @@ import typer
 
 from memplan.cli import amounts, options
 from memplan.cli.amounts import AMOUNT, PRICE
-from memplan.cli.render import bold, columns, dim, emit, gib, heading, join, paragraph
+from memplan.cli.figures import gib
+from memplan.cli.output import display, emit
+from memplan.cli.render import bold, dim, heading, line, paragraph, table
 from memplan.errors import MemplanError
 from memplan.units import dollars_text, hours_text
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from memplan.plan import Plan
     from memplan.plan_search import Candidate
 
@@ -130,7 +134,7 @@ def plan(
 
         emit(PlanReport.of(result).model_dump_json(indent=2))
         return
-    emit(join(plan_lines(result, all_reasons=why)))
+    display(plan_lines(result, all_reasons=why))
     if plot is not None:
         emit(f"drawn to {plot}", err=True)
 
@@ -139,21 +143,19 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def plan_lines(result: Plan, *, all_reasons: bool) -> Iterator[str]:
+def plan_lines(result: Plan, *, all_reasons: bool) -> Iterator[RenderableType]:
     from memplan.plan import command_of
 
     tokens = f"{result.num_tokens:,} tokens, {result.total_batch_size} sequences a step"
-    yield f"{bold(result.model)}: {tokens}"
+    yield line(bold(result.model), f": {tokens}")
     yield ""
     if result.front:
         yield heading("nothing beats these in both dollars and hours", "memory of the GPU taken, GiB")
-        yield from columns([_row(result, c) for c in result.front], "lrrllrl")
+        yield table([_row(result, c) for c in result.front], "lrrllrt")
         yield ""
         for number, c in enumerate(result.front, 1):
             asked = f"--num-tokens {result.num_tokens}" + (f" --price {c.price.usd_per_gpu_hour:g}" if c.price else "")
-            yield from paragraph(
-                f"memplan cost {result.model} {command_of(c)} {asked}", indent=5, first=f"  {number}. "
-            )
+            yield paragraph(f"memplan cost {result.model} {command_of(c)} {asked}", indent=5, first=f"  {number}. ")
         yield ""
     else:
         yield "nothing fits, or nothing is within the limits"
@@ -161,31 +163,33 @@ def plan_lines(result: Plan, *, all_reasons: bool) -> Iterator[str]:
     others = {method: c for method, c in result.best.items() if c not in result.front}
     if others:
         yield heading("cheapest of the other methods")
-        yield from columns([_row(result, c) for c in others.values()], "lrrllrl")
+        yield table([_row(result, c) for c in others.values()], "lrrllrt")
         yield ""
     yield from _reasons(result, everything=all_reasons)
     yield ""
     looked = f"{result.num_configurations:,} configurations looked at, {result.num_played} played on the allocator"
-    for line in (*result.assumptions, looked):
-        yield from (dim(part) for part in paragraph(line))
+    for said in (*result.assumptions, looked):
+        yield paragraph(said, style="dim")
 
 
-def _row(result: Plan, c: Candidate) -> tuple[str, ...]:
+def _row(result: Plan, c: Candidate) -> tuple[RenderableType, ...]:
     number = str(result.front.index(c) + 1) + "." if c in result.front else ""
     marks = [
         name
         for name, marked in (
             ("cheapest", result.cheapest),
             ("fastest", result.fastest),
-            (bold("take this"), result.recommended),
+            ("take this", result.recommended),
         )
         if c is marked
     ]
     memory = f"{gib(c.process_bytes)} of {gib(c.memory_bytes)}"
-    return number, dollars_text(c.dollars), hours_text(c.hours), c.method, c.gpu, memory, ", ".join(marks)
+    style = "bold" if c is result.recommended else ""
+    said = line((", ".join(marks), style))
+    return number, dollars_text(c.dollars), hours_text(c.hours), c.method, c.gpu, memory, said
 
 
-def _reasons(result: Plan, *, everything: bool) -> Iterator[str]:
+def _reasons(result: Plan, *, everything: bool) -> Iterator[RenderableType]:
     """Why the others lose, the nearest first: those that would run, by dollars, then those that would not."""
     rows = sorted(
         result.rejected,
@@ -194,7 +198,6 @@ def _reasons(result: Plan, *, everything: bool) -> Iterator[str]:
     shown = rows if everything else rows[:_SHOWN_REASONS]
     if shown:
         yield heading("why not the others")
-    for row in shown:
-        yield from paragraph(f"{row.method} on {row.gpu}: {row.reason}", indent=4, first="  ")
+        yield table([(row.method, row.gpu, row.reason) for row in shown], "llt")
     if len(rows) > len(shown):
         yield dim(f"  and {len(rows) - len(shown)} more: --why shows them")

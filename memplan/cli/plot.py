@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import emit
+from memplan.cli.output import emit
 from memplan.errors import MemplanError
 
 if TYPE_CHECKING:

@@ -1,105 +1,137 @@
-"""Text for a terminal: aligned columns, bars, GiB. At most 80 columns wide, and readable without colour.
+"""What terminals and pipes are shown, out of rich's parts: lines, paragraphs, tables, bars.
 
-Plain strings on purpose: rich costs as long to import as an estimate takes, and a pipe must get the same text.
+rich is imported where something is laid out, so that `--json` and errors do without it. Colours are of the 16 that a
+terminal's theme sets, those that read on white as on black; all that they say, words say too.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import typer
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.measure import Measurement
+    from rich.text import Text
 
-from memplan.units import GIB
-
-WIDTH = 80
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def emit(text: str, *, err: bool = False) -> None:
-    """Writes `text` and a newline to stdout (or stderr), without colour where none is wanted.
-
-    A reader that went away (`| head -1`) is no error, and leaves the exit status as it is.
-    """
-    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    stream = sys.stderr if err else sys.stdout
-    try:
-        typer.echo(text, err=err, color=False if plain else None)
-        stream.flush()
-    except BrokenPipeError:
-        # What is still buffered must not be flushed into the closed pipe when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+NO_BREAK = "\u00a0"
+"""The space that no line is broken at."""
+_LEAST = {"t": 20, "b": 4}
+"""Columns that text and bars keep in a terminal that is too narrow."""
+GOOD, BAD, UNSURE, BAR = "green", "red", "magenta", "cyan"
+STYLES = {"fits": GOOD, "does not fit": BAD, "too close to call": UNSURE, "close": UNSURE, "no": "dim"}
 
 
-def bold(text: str) -> str:
-    return typer.style(text, bold=True)
+def line(*parts: str | Text | tuple[str, str]) -> Text:
+    """One line of parts, each plain, styled, or with its style."""
+    from rich.text import Text
+
+    return Text.assemble(*parts)
 
 
-def dim(text: str) -> str:
-    return typer.style(text, dim=True)
+def bold(text: str) -> Text:
+    return line((text, "bold"))
 
 
-def heading(text: str, aside: str = "") -> str:
+def dim(text: str) -> Text:
+    return line((text, "dim"))
+
+
+def heading(text: str, aside: str = "") -> Text:
     """A bold line; `aside` in plain type after it."""
-    return f"{bold(text)}  {dim(aside)}" if aside else bold(text)
+    return line((text, "bold"), *(("  ", (aside, "dim")) if aside else ()))
 
 
-def gib(num_bytes: int) -> str:
-    """GiB to two decimals, without the unit (columns carry it); what would print as 0.00 is told from nothing."""
-    if num_bytes == 0:
-        return "0"
-    text = f"{num_bytes / GIB:,.2f}"
-    return text if text not in ("0.00", "-0.00") else "<0.01"
+def verdict(text: str, *, style: str = "") -> Text:
+    """Whether a run fits, in its colour."""
+    return line((text, f"{STYLES[text]} {style}"))
 
 
-def percent(part: float, whole: float) -> str:
-    if not whole:
-        return ""
-    share = 100 * part / whole
-    if share >= 10:
-        return f"{share:.0f} %"
-    if share >= 1:
-        return f"{share:.1f} %"
-    return f"{share:.2f} %" if share >= 0.01 or not part else "<0.01 %"
+def bar(part: float, whole: float, style: str = BAR) -> RenderableType:
+    """A bar that fills its column when `part` is `whole`; as much of it as `part` is of it otherwise."""
+    from rich.progress_bar import ProgressBar
 
-
-def bar(part: float, whole: float, width: int) -> str:
-    """A thin bar, `width` columns when `part` is `whole`; as many as `part` is of it otherwise."""
-    halves = 0 if whole <= 0 else round(2 * width * min(max(part / whole, 0.0), 1.0))
-    return "━" * (halves // 2) + "╸" * (halves % 2)
-
-
-def visible(text: str) -> int:
-    """Columns that `text` takes, colours apart."""
-    return len(_ESCAPES.sub("", text))
-
-
-def columns(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2, gap: int = 2) -> list[str]:
-    """Lines of `rows` in columns; `align` has one of `l` or `r` for each."""
-    widths = [max((visible(row[i]) for row in rows if i < len(row)), default=0) for i in range(len(align))]
-    lines = []
-    for row in rows:
-        cells = []
-        for cell, side, width in zip(row, align, widths, strict=False):
-            pad = " " * (width - visible(cell))
-            cells.append(pad + cell if side == "r" else cell + pad)
-        lines.append((" " * indent + (" " * gap).join(cells)).rstrip())
-    return lines
-
-
-def paragraph(text: str, *, indent: int = 2, first: str = "") -> list[str]:
-    """`text` in lines of at most 80 columns; `first` begins the first one."""
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first or " " * indent,
-        subsequent_indent=" " * (len(first) or indent),
-        break_on_hyphens=False,
+    return ProgressBar(
+        total=whole, completed=part, style="dim bright_black", complete_style=style, finished_style=style
     )
 
 
-def join(lines: Iterable[str]) -> str:
-    return "\n".join(lines)
+def table(
+    rows: Iterable[Sequence[RenderableType]], columns: str, *, heads: Sequence[str] = (), indent: int = 2, gap: int = 2
+) -> RenderableType:
+    """`rows` in `columns`: `l` labels and `r` numbers, never broken or cut; `t` text that wraps; `b` bars."""
+    from rich.table import Table
+
+    rows = list(rows)
+    made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), show_header=bool(heads), header_style="bold")
+    least = indent + gap * (len(columns) - 1)
+    for index, kind in enumerate(columns):
+        whole = kind in "lr"
+        longest = max((len(str(row[index])) for row in (heads, *rows) if row), default=0) if whole else None
+        made.add_column(
+            heads[index] if heads else "",
+            justify="right" if kind == "r" else "left",
+            no_wrap=whole,
+            min_width=longest,
+            overflow="fold",
+        )
+        least += _LEAST[kind] if longest is None else longest
+    for row in rows:
+        made.add_row(*row)
+    return _Uncut(made, indent, least)
+
+
+def paragraph(text: str, *, indent: int = 2, first: str = "", style: str = "", mark: str = "") -> RenderableType:
+    """`text` in lines as wide as there is room; `first` begins the first one, in the style `mark`."""
+    return _Prose(text, first or " " * indent, " " * (len(first) or indent), style, mark)
+
+
+def warning(text: str) -> RenderableType:
+    return paragraph(text, first="warning: ", mark=UNSURE)
+
+
+def packed(items: Iterable[str]) -> RenderableType:
+    """`items` in lines as wide as there is room, none of them broken."""
+    return _Prose(f"{NO_BREAK}· ".join(item.replace(" ", NO_BREAK) for item in items), "", "", "", "")
+
+
+class _Prose:
+    """Words in lines; textwrap, because rich has neither a hanging indent nor a space that it does not break at."""
+
+    def __init__(self, text: str, first: str, others: str, style: str, mark: str) -> None:
+        self.text, self.first, self.others, self.style, self.mark = text, first, others, style, mark
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        lines = textwrap.wrap(
+            self.text,
+            max(options.max_width, len(self.others) + 20),
+            initial_indent=self.first,
+            subsequent_indent=self.others,
+            break_on_hyphens=False,
+        )
+        for number, text in enumerate(lines):
+            made = line((text.replace(NO_BREAK, " "), self.style))
+            made.no_wrap, made.overflow = True, "ignore"
+            if number == 0 and self.mark:
+                made.stylize(self.mark, 0, len(self.first))
+            yield made
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        longest = max(map(len, self.text.split(" ")))
+        return Measurement(min(longest, options.max_width), min(len(self.text), options.max_width))
+
+
+class _Uncut:
+    """A table that runs over the edge of a terminal that is too narrow for its figures, where rich would cut them."""
+
+    def __init__(self, table: RenderableType, indent: int, least: int) -> None:
+        self.table, self.indent, self.least = table, indent, least
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.padding import Padding
+
+        width = max(self.least, options.max_width)
+        yield from console.render(Padding(self.table, (0, 0, 0, self.indent)), options.update(width=width))

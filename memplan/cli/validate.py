@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memplan.cli import options
-from memplan.cli.render import bold, columns, dim, emit, heading, join, paragraph
+from memplan.cli.output import display, emit
+from memplan.cli.render import bold, heading, paragraph, table
 from memplan.units import GIB, MIB, exact_percent
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from memplan.calibration.compare import Summary
     from memplan.traced_runs import TracedRun
     from memplan.validation import Validation
@@ -100,9 +103,8 @@ def validate(
 
         emit(ValidationDocument.of(validation, traced).model_dump_json(indent=2))
         return
-    emit(join(validation_lines(validation, by, worst)))
-    if traced:
-        emit(join(["", *component_lines(traced, worst)]))
+    components_of = ["", *component_lines(traced, worst)] if traced else []
+    display([*validation_lines(validation, by, worst), *components_of])
 
 
 def traced_of(files: Sequence[Path], validation: Validation) -> list[TracedRun]:
@@ -119,26 +121,26 @@ def traced_of(files: Sequence[Path], validation: Validation) -> list[TracedRun]:
     return traced
 
 
-def component_lines(traced: Sequence[TracedRun], count: int) -> Iterator[str]:
+def component_lines(traced: Sequence[TracedRun], count: int) -> Iterator[RenderableType]:
     """How many runs have every component as predicted, and the `count` runs that are furthest off, in full."""
     equal = sum(not one.misplaced_bytes for one in traced)
     yield heading("components at the allocated peak", "MiB, predicted and as traced")
     yield f"every component to the byte: {equal} of {len(traced)} traced runs"
     for one in sorted(traced, key=lambda one: -one.misplaced_bytes)[: max(count, 1)]:
         yield ""
-        yield f"  {one.run.record.case.id}  {dim('peak in ' + one.peak.phase)}"
-        rows = [tuple(dim(word) for word in ("", "predicted", "traced", "difference"))]
+        yield heading(f"  {one.run.record.case.id}", f"peak in {one.peak.phase}")
+        rows = []
         for row in one.rows:
             off = f"{row.difference_bytes:+,} B" if row.difference_bytes else ""
             sizes = (f"{num_bytes / MIB:,.2f}" for num_bytes in (row.predicted_bytes, row.measured_bytes))
             rows.append((row.component.replace("_", " "), *sizes, off))
-        yield from columns(rows, "lrrr", indent=4)
+        yield table(rows, "lrrr", heads=("", "predicted", "traced", "difference"), indent=4)
     if any(row.component == UNTRACED for one in traced for row in one.rows):
         yield ""
-        yield from (dim(line) for line in paragraph(UNTRACED_NOTE))
+        yield paragraph(UNTRACED_NOTE, style="dim")
 
 
-def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[str]:
+def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[RenderableType]:
     comparison = validation.comparison
     yield bold(f"{len(validation.runs)} measured runs against their predictions")
     share = validation.share_of_right_phases
@@ -146,13 +148,13 @@ def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[st
         yield f"peak in the phase predicted: {exact_percent(share, 1)}"
     yield ""
     yield heading("error", "share of the measured bytes; low: under by more than 0.5 %")
-    yield from columns([_HEAD, *[_cells(s.tier, s) for s in comparison.summaries.values()]], "lrrrrrr")
+    yield _errors({s.tier: s for s in comparison.summaries.values()})
     for tier in comparison.summaries:
         groups = {name: summaries[tier] for name, summaries in _groups(validation, by).items() if tier in summaries}
         if len(groups) > 1:
             yield ""
             yield heading(f"{tier}, by {by}")
-            yield from columns([_HEAD, *[_cells(name, summary) for name, summary in groups.items()]], "lrrrrrr")
+            yield _errors(groups)
     if worst:
         yield ""
         yield heading(f"the {worst} worst of each tier")
@@ -161,17 +163,17 @@ def validation_lines(validation: Validation, by: str, worst: int) -> Iterator[st
             for row in validation.worst(tier, worst):
                 off = (row.predicted_bytes - row.measured_bytes) / MIB
                 rows.append((tier, row.case_id, exact_percent(row.error, 2, sign="+"), f"{off:+,.1f} MiB"))
-        yield from columns(rows, "llrr")
+        yield table(rows, "ltrr")
     if comparison.verdicts:
         false_fits = sum(v.is_false_fit for v in comparison.verdicts)
         yield ""
         verdicts, fits = "s" * (len(comparison.verdicts) != 1), "s" * (false_fits != 1)
         yield f"{len(comparison.verdicts)} verdict{verdicts} at a limit of memory, {false_fits} false fit{fits}"
     for unpredicted in comparison.unpredicted:
-        yield from (dim(line) for line in paragraph(f"not predicted: {unpredicted.case_id}: {unpredicted.reason}"))
+        yield paragraph(f"not predicted: {unpredicted.case_id}: {unpredicted.reason}", style="dim")
 
 
-def row_lines(validation: Validation) -> Iterator[str]:
+def row_lines(validation: Validation) -> Iterator[RenderableType]:
     """Every run: predicted and measured in each tier, and whether those that ran out of memory were told to."""
     yield heading("every run", "GiB, predicted and measured")
     for run in validation.runs:
@@ -181,7 +183,7 @@ def row_lines(validation: Validation) -> Iterator[str]:
             sizes = (f"{num_bytes / GIB:,.3f}" for num_bytes in (row.predicted_bytes, row.measured_bytes))
             off = (row.predicted_bytes - row.measured_bytes) / MIB
             rows.append((row.tier, *sizes, exact_percent(row.error, 2, sign="+"), f"{off:+,.1f} MiB"))
-        yield from columns(rows, "lrrrr", indent=4)
+        yield table(rows, "lrrrr", indent=4)
     for verdict in validation.comparison.verdicts:
         yield f"  {verdict.case_id}"
         said, was = ("fits" if yes else "does not fit" for yes in (verdict.predicted_fits, verdict.ran))
@@ -189,11 +191,13 @@ def row_lines(validation: Validation) -> Iterator[str]:
         yield "    predicted {} of {}: {}, measured: {}".format(*sizes, said, was)
 
 
-_HEAD = tuple(dim(word) for word in ("", "runs", "mean", "median", "worst", "bias", "low"))
-
-
 def _groups(validation: Validation, by: str) -> dict[str, dict[str, Summary]]:
     return validation.by(lambda run: str(getattr(run, by)))
+
+
+def _errors(summaries: Mapping[str, Summary]) -> RenderableType:
+    heads = ("", "runs", "mean", "median", "worst", "bias", "low")
+    return table([_cells(name, summary) for name, summary in summaries.items()], "trrrrrr", heads=heads)
 
 
 def _cells(name: str, summary: Summary) -> tuple[str, ...]:
