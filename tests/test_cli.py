@@ -432,7 +432,7 @@ def test_colour_can_be_forced(
 def documents() -> dict[str, Callable[[], Iterator[Any]]]:
     """What some commands show; the work is done once."""
     run, methods = estimate(MODEL), compare(MODEL)
-    cards = [fit(MODEL, run.config, gpu=gpu) for gpu in ("1000MiB", "h200")]
+    cards = [fit(MODEL, run.config, gpu=gpu) for gpu in ("1000MiB", "8GiB")]
     return {
         "estimate": lambda: estimate_lines(run),
         "explain": lambda: explanation(run),
@@ -459,8 +459,8 @@ def test_no_number_is_cut_or_broken_however_wide_the_terminal_is(
 def test_bars_of_fit_are_as_long_as_the_card(documents: dict[str, Callable[[], Iterator[Any]]]) -> None:
     """The longer of what is needed and what is there fills the lines; over many cards each has all of its bar."""
     lengths = {name: [len(bar) for bar in re.findall("[━╸]+", rendered(lines()))] for name, lines in documents.items()}
-    needed, card = lengths["fit h200"]
-    assert needed < card / 50
+    needed, card = lengths["fit 8GiB"]
+    assert needed < card / 4
     needed, card = lengths["fit 1000MiB"]
     assert needed * 0.5 < card < needed
-    assert lengths["cards"][0] == max(lengths["cards"]) > 5 * lengths["cards"][1]
+    assert lengths["cards"][0] > 4 * lengths["cards"][1]

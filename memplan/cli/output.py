@@ -68,7 +68,7 @@ def _console(*, err: bool) -> Console:
 
     # rich keeps bold and dim under NO_COLOR, and takes the width of a pipe from a terminal at its other end.
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    free = (sys.stderr if err else sys.stdout).isatty() or "COLUMNS" in os.environ
+    free = (sys.stderr if err else sys.stdout).isatty() or os.environ.get("COLUMNS", "").isdigit()
     console = Console(
         stderr=err,
         width=None if free else PIPE,
@@ -77,5 +77,5 @@ def _console(*, err: bool) -> Console:
         markup=False,
         emoji=False,
     )
-    console.width = min(console.width, WIDEST)
+    console.width = min(console.width or PIPE, WIDEST)
     return console

@@ -39,7 +39,7 @@ def dim(text: str) -> Text:
 
 
 def heading(text: str, aside: str = "") -> Text:
-    """A bold line; `aside` in plain type after it."""
+    """A bold line; `aside` fainter after it."""
     return line((text, "bold"), *(("  ", (aside, "dim")) if aside else ()))
 
 
