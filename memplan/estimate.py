@@ -1,7 +1,8 @@
 """`estimate`: the one call behind everything else.
 
-The tensor ledger (what is alive when) is there at once: layers of a kind are recorded once, and only their weights
-are counted one by one. The caching allocator, which takes longer, is played when a tier is first asked for.
+The program (what is allocated and freed, in order) is there at once: layers of a kind are recorded once, and only
+their weights are counted one by one. The ledger sums it up when what is alive is first asked for. The caching
+allocator, which takes longer, is played when a tier is first asked for.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pydantic import ValidationError
 from memplan import catalog, gpus
 from memplan.architectures import decoder_for
 from memplan.architectures.peft_names import name_warnings
+from memplan.garbage import collector_paused
 from memplan.gpus import GpuSpec
 from memplan.memory.allocator import OutOfMemory
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.composer import Composer
-from memplan.memory.ledger import Ledger, fold
+from memplan.memory.ledger import Ledger, fold, peak_of
 from memplan.memory.program import Program
 from memplan.memory.runtime import Runtime, device_for, runtime_for
 from memplan.memory.simulate import Simulation, simulate
@@ -54,6 +56,7 @@ class Estimate:
     driver keeps for itself, so what a card of that total must hold; `nvidia-smi` shows a bit less.
     """
 
+    @collector_paused()
     def __init__(
         self, model: ModelSpec, config: TrainConfig, gpu: GpuSpec | None, allocator: AllocatorConfig | None = None
     ) -> None:
@@ -65,9 +68,13 @@ class Estimate:
         check_storage(model, config)
         decoder = decoder_for(model, config, device_for(gpu))
         self.program: Program = Composer(decoder, workspace_bytes=self.runtime.workspace_bytes).compose()
-        self.ledger: Ledger = fold(self.program)
         names = name_warnings(model.model_type, config, self.program.weights)
         self._warnings: tuple[str, ...] = (*decoder.warnings(), *_count_warning(model, self.program), *names)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What is alive when, by what it is for."""
+        return fold(self.program)
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -136,11 +143,11 @@ class Estimate:
         """Process bytes at the highest point before and in the steps: loading may take more than training."""
         return self.simulation.highest_reserved_bytes + self.beside_reserved_bytes
 
-    @property
+    @cached_property
     def tensor_bytes(self) -> int:
         """Peak of live tensors, each in whole blocks of 512 bytes: `allocated_bytes` less what the allocator
         hands out beyond the request. The fast lower bound."""
-        return self.ledger.peak_bytes
+        return peak_of(self.program)
 
     @property
     def peak_phase(self) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +11,7 @@ from memplan import catalog, gpus
 from memplan.cost import PriceSource, check_provider, price_of, price_table
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.estimate import ModelLike, make_config
+from memplan.garbage import collector_paused
 from memplan.gpus import GpuSpec
 from memplan.plan_search import Candidate, Lane, Search
 from memplan.prices import Kind, Price
@@ -108,7 +107,7 @@ def plan(
     limits = _Limits(max_usd, max_hours)
     search = Search(spec, runs, num_tokens, cards)
     lanes = []
-    with _collector_paused():
+    with collector_paused():
         for card in cards:
             paid, _ = price_of(card, price=price, rows=table, provider=provider, kind=kind)
             lanes += [search.lane(card, method, paid) for method in runs]
@@ -126,19 +125,6 @@ def plan(
         num_played=search.num_played,
         assumptions=tuple(_assumptions(front)),
     )
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Recordings are a great many small objects that go by their counts: looking for cycles among them costs a fifth of
-    the search and frees a few MiB."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _cards(

@@ -21,7 +21,7 @@ MODULES = {
 
 # From the ground up: a module imports from its own layer and from those below.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "units", "dtypes"),
+    ("errors", "units", "dtypes", "garbage"),
     (
         "hf_config",
         "hf_families",

@@ -14,6 +14,7 @@ from memplan.memory.record import Stream, record_embedding, record_layer
 from memplan.memory.record_head import Head, record_head
 from memplan.memory.resident import Resident, resident
 from memplan.memory.segment import PORT_DY, PORT_TIED, PORT_X, Segment
+from memplan.memory.shared_lives import deaths_of_shared, lives_of_shared
 from memplan.memory.training_loop import TrainingLoop
 from memplan.ops.tensor import Tape
 
@@ -33,6 +34,10 @@ class Pieces:
     shared_slots: list[int]
     layers: list[Segment]
     head: Head
+    lives: list[str]
+    """What lets go last of each shared tensor (shared_lives.py)."""
+    deaths: dict[int, list[tuple[int, int]]]
+    """By layer, where on its backward tape which of them go."""
 
 
 class Composer:
@@ -68,14 +73,14 @@ class Composer:
         optimizer = self._make_optimizer(held)
         for step in range(self.num_steps):
             self.loop.begin_step(step)
-            gradients: list[tuple[int, list[tuple[str, int]]]] = []
+            holders: list[tuple[int, Segment]] = []
             for micro in range(min(self.config.gradient_accumulation_steps, MAX_MICRO_STEPS)):
                 begin, first_frame = len(self.program.plays), len(self.program.frames)
                 made = self._micro_step(step, again if micro else first)
                 self.program.rounds.append(Round(begin, len(self.program.plays), first_frame))
                 if micro == 0:
-                    gradients = made
-            self._update(step, plan, gradients, optimizer)
+                    holders = made
+            self._update(step, plan, holders, optimizer)
         return self.program
 
     def record(self, *, accumulating: bool) -> Pieces:
@@ -104,9 +109,13 @@ class Composer:
             stream = Stream(*made[key].out, made[key].out_requires_grad)
         if layers[0].holds_dx:
             embedding, shared_slots = record_embedding(decoder, accumulating=accumulating, dy_is_held=True)
-        pieces = Pieces(embedding, shared_slots, layers, record_head(decoder, stream, accumulating=accumulating))
-        for index, slot in enumerate(shared_slots):
-            if self._life_of_shared(pieces, index) != "forward":  # kept for backward, by layers that only borrow it
+        reentrant, by_position = self.config.reentrant, decoder.passes_mask_by_position
+        lives = lives_of_shared(embedding, layers, shared_slots, reentrant=reentrant, mask_by_position=by_position)
+        deaths = deaths_of_shared(layers, shared_slots, lives, reentrant=reentrant)
+        head = record_head(decoder, stream, accumulating=accumulating)
+        pieces = Pieces(embedding, shared_slots, layers, head, lives, deaths)
+        for slot, life in zip(shared_slots, lives, strict=True):
+            if life != "forward":  # kept for backward, by layers that only borrow it
                 embedding.kinds[slot] = "activations"
         if all(piece.x_dies != "backward" for piece in (*layers, pieces.head.segment)) and not embedding.holds_out:
             for piece in (embedding, *layers):  # hidden states between pieces, which no backward needs
@@ -170,7 +179,8 @@ class Composer:
         links = links if begin == 0 else ()
         self.program.play(phase, step, frame, tape[begin:] if begin else tape, links, loads=loads)
 
-    def _micro_step(self, step: int, pieces: Pieces) -> list[tuple[int, list[tuple[str, int]]]]:
+    def _micro_step(self, step: int, pieces: Pieces) -> list[tuple[int, Segment]]:
+        """Returns the frames that hold the gradients, and what was played over each."""
         program = self.program
         embedding, layers, head = pieces.embedding, pieces.layers, pieces.head
         e = program.frame_of(embedding)
@@ -205,9 +215,8 @@ class Composer:
         for f, layer in zip(frames, layers, strict=True):
             if layer.after_model:
                 program.play("forward", step, f, layer.after_model)
-        lives = [self._life_of_shared(pieces, i) for i in range(len(pieces.shared_slots))]
         frees_shared: dict[str, Tape] = {
-            end: [(s, 0) for s, life in zip(pieces.shared_slots, lives, strict=True) if life == end]
+            end: [(s, 0) for s, life in zip(pieces.shared_slots, pieces.lives, strict=True) if life == end]
             for end in ("forward", "layers", "positional")
         }
         program.play("forward", step, e, frees_shared["forward"])
@@ -233,7 +242,7 @@ class Composer:
             if index + 1 < len(layers) and layers[index + 1].holds_dx:
                 elsewhere.append(PORT_DY)
             tape = _without(elsewhere, layer.backward)
-            dying = [(at, e, [(s, 0)]) for at, s in self._dying_shared(pieces, index, lives)]
+            dying = [(at, e, [(s, 0)]) for at, s in pieces.deaths.get(index, ())]
             if index == 0:  # with the last of the checkpoints goes what they share
                 dying += [
                     (layer.checkpoint_dies, g, _without(elsewhere, other.after_stack) if g == f else other.after_stack)
@@ -273,34 +282,7 @@ class Composer:
                 elsewhere = [PORT_X] if f == frames[0] and embedding.holds_out else []
                 program.play(released, step, f, _without(elsewhere, layer.after_loss))
         self.loop.end_micro_step(step, h, head.segment.out_slot)
-        pairs = [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
-        return [(f, segment.gradients) for f, segment in pairs]
-
-    def _dying_shared(self, pieces: Pieces, index: int, lives: list[str]) -> list[tuple[int, int]]:
-        """Position on the backward tape of layer `index`, and slot, of the shared tensors it is the last to hold: or
-        the first layer, of those that all checkpoints hold."""
-        layers, dying = pieces.layers, []
-        for i, (slot, life) in enumerate(zip(pieces.shared_slots, lives, strict=True)):
-            if life != ("arguments" if self.config.reentrant else "layers"):
-                continue
-            in_stack = any(layer.stack_keeps[i] for layer in layers)
-            if index == (0 if in_stack else next(j for j, layer in enumerate(layers) if layer.keeps_shared[i])):
-                dying.append((layers[0].checkpoint_dies if in_stack else layers[index].shared_dies[i], slot))
-        return dying
-
-    def _life_of_shared(self, pieces: Pieces, index: int) -> str:
-        """What lets go last of a tensor that all layers share: the model's forward, the layers' backward, or the
-        embedding's (positions, where they are learned). Reentrant checkpoints save what they are given by position, and
-        let go of it one by one; what they are given by name they hold until the graph goes."""
-        if pieces.embedding.keeps_shared[index] and not self.config.reentrant:
-            return "embedding"
-        by_position = self.config.reentrant and self.decoder.passes_mask_by_position
-        if by_position and pieces.shared_slots[index] == pieces.embedding.mask_slot:
-            return "positional"
-        if not any(layer.keeps_shared[index] for layer in pieces.layers):
-            return "forward"
-        is_argument = index >= len(pieces.shared_slots) - len(pieces.embedding.carried)
-        return "arguments" if self.config.reentrant and is_argument else "layers"
+        return [(e, embedding), *zip(frames, layers, strict=True), (h, head.segment)]
 
     def _make_optimizer(self, held: Resident) -> int:
         """The frame of the optimizer's states; some are made by its constructor."""
@@ -311,13 +293,13 @@ class Composer:
         self.program.managed_bytes = plan.managed_bytes
         return frame
 
-    def _update(self, step: int, plan: Plan, gradients: list[tuple[int, list[tuple[str, int]]]], frame: int) -> None:
+    def _update(self, step: int, plan: Plan, holders: list[tuple[int, Segment]], frame: int) -> None:
         """Clipping, the optimizer's step and zero_grad."""
         program = self.program
         self.loop.clip(step, plan.clip)
         program.play("optimizer", step, frame, plan.later if step else plan.first)
-        for f, slots in gradients:
-            program.play("zero_grad", step, f, [(slot, 0) for _, slot in slots])
+        for f, holder in holders:
+            program.play("zero_grad", step, f, holder.zero_grad)
 
 
 def _without(slots: list[int], tape: Tape) -> Tape:

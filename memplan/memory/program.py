@@ -85,4 +85,10 @@ class Program:
     def play(
         self, phase: str, step: int, frame: int, tape: Tape, links: Iterable[Link] = (), *, loads: Iterable[str] = ()
     ) -> None:
-        self.plays.append(Play(phase, step, frame, tape, tuple(links), tuple(loads)))
+        """Appends a play; one that does nothing is left out where it does not begin a phase."""
+        made = Play(phase, step, frame, tape, tuple(links), tuple(loads))
+        if not tape and tape is not EMPTY_CACHE and not made.links and not made.loads and self.plays:
+            before = self.plays[-1]
+            if (before.phase, before.step) == (phase, step):
+                return
+        self.plays.append(made)

@@ -9,6 +9,7 @@ Layers of one kind share one recording: the step replays it with each layer's ow
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from memplan.architectures.builder import Builder, Weight
 from memplan.dtypes import DType
@@ -89,6 +90,11 @@ class Segment:
     """Where on each of its tapes cuBLAS and cuBLASLt first run."""
     attention: AttentionCall | None = None
     """What a layer's scaled_dot_product_attention runs; None where it has none."""
+
+    @cached_property
+    def zero_grad(self) -> Tape:
+        """What `zero_grad` lets go of."""
+        return [(slot, 0) for _, slot in self.gradients]
 
 
 @dataclass(frozen=True, slots=True)

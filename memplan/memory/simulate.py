@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from memplan.garbage import collector_paused
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.allocator_blocks import Block
 from memplan.memory.allocator_config import AllocatorConfig
@@ -34,6 +35,7 @@ class Simulation:
     """Whether a request was ever refused; if not, the same run without a limit is this one to the byte."""
 
 
+@collector_paused()
 def simulate(program: Program, config: AllocatorConfig | None = None) -> Simulation:
     """Plays `program` on a fresh allocator.
 
