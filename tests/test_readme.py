@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ README = ROOT / "README.md"
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELLIPSIS = "..."
+TODAY = {
+    "H200, drawn at random": {"h200-drawn", "h200-drawn-2"},
+    "H200, real and published models": {"h200-real", "h200-published"},
+    "H100, drawn at random": {"h100-drawn"},
+    "H100, published models": {"h100-published"},
+    "those the formulas were written with": {"h200-before-freeze"},
+}
+"""Rows of the README's table of errors, and their record files."""
 
 
 def sessions() -> list[tuple[str, list[str]]]:
@@ -161,11 +170,9 @@ def test_the_table_of_errors_is_what_a_replay_gives(validation: Validation) -> N
     """The rows of today; those before the runs were measured are history. An int8 base stands apart."""
     section = README.read_text(encoding="utf-8").partition("## How far off it is")[2].partition("\n## ")[0]
     shown = dict(re.findall(r"^\| ([^|]*) \| today \| (.*) \|$", section, re.MULTILINE))
-    apart = [run for run in validation.runs if run.base == "int8"]
-    found = {"int8 base, 11 of 16 of them drawn": apart}
-    for file, name in (("h200-drawn", "drawn at random"), ("h200-real", "real models of 0.1B to 70B"),
-                       ("h200-before-freeze", "those the formulas were written with")):  # fmt: skip
-        found[name] = [run for run in validation.runs if run.file == file and run.base != "int8"]
+    found = {"int8 base": [run for run in validation.runs if run.base == "int8"]}
+    for name, files in TODAY.items():
+        found[name] = [run for run in validation.runs if run.file in files and run.base != "int8"]
     assert shown.keys() == found.keys()
     for name, runs in found.items():
         count, *cells = shown[name].split(" | ")
@@ -176,8 +183,18 @@ def test_the_table_of_errors_is_what_a_replay_gives(validation: Validation) -> N
             assert mean == pytest.approx(sum(map(abs, errors)) / len(errors), rel=0.01, abs=0.001), (name, tier)
             assert worst == pytest.approx(max(errors, key=abs), abs=0.05), (name, tier)
     others = [run for run in validation.runs if run.base != "int8"]
-    (said,) = re.findall(rf"the other {len(others)} runs, (\d+) are right in allocated", section)
-    assert int(said) == pytest.approx(sum(run.rows[0].error == 0 for run in others), abs=5)
+    reserved = validation.rows("reserved", others)
+    said = re.search(
+        rf"the other\s{len(others)} runs, (\d+) are right in allocated to the byte, and (\d+) of {len(reserved)} in",
+        section,
+    )
+    assert said is not None
+    assert int(said[1]) == pytest.approx(sum(row.error == 0 for row in validation.rows("allocated", others)), abs=5)
+    assert int(said[2]) == pytest.approx(sum(row.error == 0 for row in reserved), abs=5)
+    by_gpu = Counter(run.file.partition("-")[0] for run in validation.runs)
+    assert f"{len(validation.runs)} training steps" in section
+    assert f"{by_gpu['h200']} on an H200 and {by_gpu['h100']} on an H100" in section
+    assert f"{len({run.family for run in validation.runs})} families" in section
 
 
 def test_measured_figures_beside_other_tools_are_those_of_the_records(validation: Validation) -> None:
