@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 from memplan.architectures.int8_outliers import outlier_columns
 from memplan.architectures.peft_targets import adapts_module, parameter_rank
@@ -28,8 +29,7 @@ from memplan.train_config import TrainConfig
 MAGNITUDE = "lora_magnitude_vector.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """One weight as it lies on the device."""
 
     name: str

@@ -7,7 +7,7 @@ to split off, so that the order matters for what the allocator counts as allocat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from memplan.architectures.builder import Weight
 from memplan.dtypes import DType
@@ -28,10 +28,14 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
     base = [w for w in weights if w.kind != "adapters"]
     casts: list[Weight] = []
     slots: dict[int, int] = {}
+    quantised: dict[Hashable, Loading] = {}
     makes_map = config.double_quant
     for w in sorted(base, key=lambda w: w.buffer):
         if w.stored:
-            _quantise(loading, w, config, makes_map=makes_map)
+            like = w.shape, w.dtype, w.kind, makes_map
+            if like not in quantised:
+                quantised[like] = _quantise(w, config, makes_map=makes_map)
+            loading.append(quantised[like].base, quantised[like].kinds)
             makes_map = False
             if loading.num_before_kernels is None:
                 loading.num_before_kernels = len(loading.base)
@@ -52,14 +56,16 @@ def load(weights: Sequence[Weight], config: TrainConfig, *, workspace_bytes: int
     return loading
 
 
-def _quantise(loading: Loading, w: Weight, config: TrainConfig, *, makes_map: bool) -> None:
+def _quantise(w: Weight, config: TrainConfig, *, makes_map: bool) -> Loading:
     """A weight made on the device and quantised there."""
+    loading = Loading()
     plain = loading.allocate(loading.base, w.numel * w.dtype.itemsize)
     if config.quant_type == "int8":
         _quantise_int8(loading, w)
     else:
         _quantise_4bit(loading, w, config, makes_map=makes_map)
     loading.free(loading.base, plain)
+    return loading
 
 
 def _quantise_int8(loading: Loading, w: Weight) -> None:

@@ -23,14 +23,13 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
     """Fills `loading.adapters`."""
     base = {w.name: w for w in weights if w.kind != "adapters"}
     trained = [w for w in weights if w.kind == "adapters"]
+    saved = [w for w in trained if SAVED in w.name]
+    adapters = [(w.name.partition(".lora_")[0], w) for w in trained if SAVED not in w.name]
     tape = loading.adapters
     slots: dict[str, int] = {}
     dtypes: dict[str, DType] = {}
     # linear layers, then bare parameters
-    for w in sorted(trained, key=lambda w: w.name.partition(".lora_")[0] in base):
-        if SAVED in w.name:
-            continue
-        name = w.name.partition(".lora_")[0]
+    for name, w in sorted(adapters, key=lambda adapter: adapter[0] in base):
         dtypes[w.name] = made = w.loaded_dtype or base[name].dtype
         held: list[int] = []
         if MAGNITUDE in w.name:
@@ -38,15 +37,12 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
             workspace_bytes = 0
         slots[w.name] = loading.allocate(tape, w.numel * made.itemsize, w.kind)
         loading.free(tape, *held)
-    for w in trained:
-        if SAVED in w.name:
-            dtypes[w.name] = w.loaded_dtype or w.dtype
-            slots[w.name] = loading.allocate(tape, w.numel * dtypes[w.name].itemsize, w.kind)
-    for last in (False, True):
-        for w in trained:
-            wanted = w.dtype if last or SAVED in w.name else DType.fp32
-            if dtypes[w.name] is wanted or (SAVED in w.name and not last):
-                continue
+    for w in saved:
+        dtypes[w.name] = w.loaded_dtype or w.dtype
+        slots[w.name] = loading.allocate(tape, w.numel * dtypes[w.name].itemsize, w.kind)
+    casts = [(w, DType.fp32) for _, w in adapters] + [(w, w.dtype) for w in trained]
+    for w, wanted in casts:
+        if dtypes[w.name] is not wanted:
             fresh = loading.allocate(tape, w.numel * wanted.itemsize, w.kind)
             loading.free(tape, slots[w.name])
             slots[w.name], dtypes[w.name] = fresh, wanted

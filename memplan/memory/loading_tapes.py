@@ -32,5 +32,11 @@ class Loading:
         tape.append((slot, round_block(num_bytes)))
         return slot
 
+    def append(self, tape: Tape, kinds: list[str]) -> None:
+        """Plays `tape` at the end of the base, over slots of its own of these kinds."""
+        first = len(self.kinds)
+        self.kinds += kinds
+        self.base += [(first + slot, size) for slot, size in tape]
+
     def free(self, tape: Tape, *slots: int) -> None:
         tape += [(slot, 0) for slot in slots]

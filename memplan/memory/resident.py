@@ -7,7 +7,7 @@ again and again, so that the last few are kept.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from memplan.architectures.builder import Weight
 from memplan.memory.loading import load
@@ -22,8 +22,7 @@ _SAID_OF_THE_STEP = (
     "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "reentrant",
 )  # fmt: skip
 _FIELDS = tuple(name for name in TrainConfig.model_fields if name not in _SAID_OF_THE_STEP)
-_BUT_NAME = tuple(field.name for field in fields(Weight) if field.name != "name")
-assert fields(Weight)[0].name == "name"
+assert Weight._fields[0] == "name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def resident(
     if found is not None:
         return found
     weights = [w for w in embedding.weights if not w.name.startswith(late)]
-    parts = [[(w.name, [getattr(w, name) for name in _BUT_NAME]) for w in kind] for kind in of_kinds]
+    parts = [[(w.name, w[1:]) for w in kind] for kind in of_kinds]
     for index, number in enumerate(order):
         prefix = f"{layer_prefix}.{index}."
         weights += [Weight(prefix + name, *rest) for name, rest in parts[number]]

@@ -84,13 +84,13 @@ def plan_update(weights: Iterable[Weight], config: TrainConfig, device: Device =
         UnknownNameError: an optimizer that no row is called after.
     """
     row = optimizer_named(config.optimizer)
-    groups = _groups([w for w in weights if w.trains], config)
+    trained = [w for w in weights if w.trains]
+    params = [_param(w, config) for w in trained]
     plan = Plan(device)
-    params = [_param(w, config) for w in weights if w.trains]
     # transformers 5.17 trainer.py `_get_grad_norm`: without clipping the norm is taken all the same
     if params and (config.max_grad_norm or config.stack != "torch"):
         plan.clip = clip_tape(params)
-    row.steps(plan, groups)
+    row.steps(plan, _groups(trained, params, config))
     return plan
 
 
@@ -98,12 +98,12 @@ def plan_update(weights: Iterable[Weight], config: TrainConfig, device: Device =
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
-def _groups(trained: Sequence[Weight], config: TrainConfig) -> list[Group]:
+def _groups(trained: Sequence[Weight], params: Group, config: TrainConfig) -> list[Group]:
     """A plain loop has one group; Trainer makes two, with and without weight decay (`create_optimizer`)."""
     if config.stack == "torch":
-        return [[_param(w, config) for w in trained]]
+        return [params]
     plain = [bool(_NO_DECAY.search(w.name.lower())) or w.of == "LayerNorm" for w in trained]
-    return [[_param(w, config) for w, p in zip(trained, plain, strict=True) if p is kept] for kept in (False, True)]
+    return [[p for p, is_plain in zip(params, plain, strict=True) if is_plain is kept] for kept in (False, True)]
 
 
 def _param(w: Weight, config: TrainConfig) -> Param:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 from memplan.dtypes import DType
 from memplan.ops.device import HOPPER, Device
@@ -12,8 +13,7 @@ from memplan.ops.reduction import Scratch, reduction_scratch
 from memplan.ops.tensor import Shape, Tape, round_block
 
 
-@dataclass(frozen=True, slots=True)
-class Param:
+class Param(NamedTuple):
     """A trained tensor as the optimizer sees it."""
 
     numel: int
