@@ -67,7 +67,10 @@ def _parts(weights: list[Weight]) -> dict[str, int]:
     return {name: parts[name] for name in _ORDER if name in parts}
 
 
-_ORDER = ("embedding", "attention", "mlp", "experts", "shared experts", "router", "per-layer inputs", "norms", "head")
+_ORDER = (
+    "embedding", "attention", "mlp", "experts", "shared experts", "router", "streams", "per-layer inputs", "norms",
+    "head",
+)  # fmt: skip
 
 
 def part_of(name: str) -> str:
@@ -84,6 +87,8 @@ def part_of(name: str) -> str:
         return "experts"
     if steps[-1] == "gate" or "router" in steps:
         return "router"
+    if any(step.startswith("altup") for step in steps):
+        return "streams"
     if any("attn" in step or "attention" in step for step in steps):
         return "attention"
     if any(word in step for step in steps for word in _EMBEDDINGS):

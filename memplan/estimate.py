@@ -201,7 +201,7 @@ class Estimate:
         if component in ("weights", "adapters"):
             return sum(w.resident_bytes for w in weights if w.kind == component)
         if component == "gradients":
-            return sum(round_block(w.numel * w.dtype.itemsize) for w in weights if w.trains)
+            return sum(round_block(w.numel * w.dtype.itemsize) for w in weights if w.learns)
         assert component == "optimizer_states", component
         return self.program.optimizer_state_bytes
 

@@ -120,7 +120,7 @@ def _adapters(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
 
 
 def _gradients(estimate: Estimate, blocks: Sequence[LiveBlock]) -> Part:
-    trained = [w for w in estimate.program.weights if w.trains]
+    trained = [w for w in estimate.program.weights if w.learns]
     text = f"{len(blocks):,} blocks for {len(trained):,} trained tensors ({sum(w.numel for w in trained):,} parameters)"
     alive, full = sum(b.num_bytes for b in blocks), estimate.bytes_of("gradients")
     why = "Every trained parameter has a gradient of its own dtype from its backward to zero_grad."

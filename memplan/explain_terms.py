@@ -29,7 +29,7 @@ class Term:
 
 def copies(estimate: Estimate, blocks: Sequence[LiveBlock]) -> list[Term]:
     """States that are whole copies of the trained parameters in their dtype, as AdamW's two; none if they are not."""
-    trained = [w for w in estimate.program.weights if w.trains]
+    trained = [w for w in estimate.program.weights if w.learns]
     of_parameters = Counter(round_block(w.numel * w.dtype.itemsize) for w in trained)
     held = Counter(b.num_bytes for b in blocks)
     dtypes = {w.dtype for w in trained}
@@ -40,7 +40,7 @@ def copies(estimate: Estimate, blocks: Sequence[LiveBlock]) -> list[Term]:
     if set(beside) - {BLOCK_BYTES}:
         return []
     (dtype,) = dtypes
-    text = f"{number} × {estimate.num_trainable_params:,} × {dtype.itemsize} B"
+    text = f"{number} × {sum(w.numel for w in trained):,} × {dtype.itemsize} B"
     terms = [Term(text, number * sum(size * count for size, count in of_parameters.items()))]
     if beside:
         terms.append(

@@ -44,7 +44,8 @@ _PLAIN = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "linear_conv_kernel_dim",
     "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
-    "vocab_size_per_layer_input", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "vocab_size_per_layer_input", "altup_num_inputs", "altup_correct_scale", "laurel_rank",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 # Keys that decide one of those fields without being one.
 _DECIDING = (
@@ -56,6 +57,7 @@ _HEADS_OF_FULL_LAYERS = ("global_head_dim", "num_global_key_value_heads", "per_l
 _FURTHER_KEYS = {
     "exaone4": ("sliding_window_pattern",),
     "gemma3_text": ("sliding_window_pattern",),
+    "gemma3n_text": ("activation_sparsity_pattern",),
     "gemma4_text": ("enable_moe_block", *_HEADS_OF_FULL_LAYERS),
     "gemma4_unified_text": ("use_bidirectional_attention", *_HEADS_OF_FULL_LAYERS),
     "mpt": ("attn_config",),

@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(keys=_ALL_FOUR),
     "gemma2": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, sliding=2),
     "gemma3_text": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=6),
+    "gemma3n_text": Family(keys=_ALL_FOUR | {"hidden_act": "hidden_activation"}, fixed={"qk_norm": True}, sliding=5),
     "gemma4_text": Family(
         keys=_ALL_FOUR | {"hidden_act": "hidden_activation", "num_experts_per_tok": "top_k_experts"},
         fixed={"qk_norm": True},
@@ -219,7 +220,6 @@ NOT_MODELLED: dict[str, tuple[str, str]] = {
     "qwen3_5_moe_text": (_LINEAR_ATTENTION, "qwen3_moe"),
     "kimi_linear": (_LINEAR_ATTENTION, "deepseek_v3"),
     "qwen3_vl_moe_text": ("PEFT converts the names of its experts differently", "qwen3_moe"),
-    "gemma3n_text": ("it keeps four streams of hidden states and an embedding for each layer", "gemma3_text"),
     "glm4_moe_lite": ("its layers are not written down", "glm4_moe"),
     "deepseek_v32": ("its attention chooses tokens by an indexer", "deepseek_v3"),
     "deepseek_v4": ("its attention compresses keys and its residual has several streams", "deepseek_v3"),

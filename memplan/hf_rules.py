@@ -163,6 +163,37 @@ def _shared_experts(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
         fields["shared_expert_intermediate_size"] = shared * width
 
 
+_SPARSE_LAYERS, _SPARSITY = 10, 0.95
+"""Layers that are sparse where the config does not say which, if there are more of them, and by how much (transformers
+5.17 configuration_gemma3n.py)."""
+
+
+def _gemma3n(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
+    num_layers = _whole(fields, "num_hidden_layers")
+    if "sliding_attention" not in fields["layer_types"]:
+        fields["layer_types"] = ()
+    fields["sliding_window"] = config.get("sliding_window")  # its mask is made whether a layer slides or not
+    widths = fields["intermediate_size"]
+    if isinstance(widths, list | tuple):
+        _one_a_layer("intermediate_size", widths, num_layers)
+        fields["intermediate_size"] = widths[0]
+        if any(width != widths[0] for width in widths):
+            fields["intermediate_sizes"] = tuple(widths)
+    pattern = config.get("activation_sparsity_pattern")
+    if pattern is None:
+        num_sparse = _SPARSE_LAYERS if num_layers > _SPARSE_LAYERS else 0
+        pattern = [_SPARSITY] * num_sparse + [0.0] * (min(num_layers, MAX_LAYERS) - num_sparse)
+    _one_a_layer("activation_sparsity_pattern", pattern, num_layers)
+    fields["activation_sparsity_pattern"] = tuple(pattern)
+
+
+def _one_a_layer(name: str, values: Any, num_layers: int) -> None:
+    if not isinstance(values, list | tuple):
+        raise InvalidSpecError(f"`{name}` is not a list")
+    if len(values) != num_layers:
+        raise InvalidSpecError(f"`{name}` has {len(values)} entries for {num_layers} layers")
+
+
 _GLOBAL_HEAD_DIM = 512
 """`global_head_dim` where the config does not say (transformers 5.17 configuration_gemma4.py)."""
 
@@ -211,6 +242,7 @@ FAMILY_RULES = {
     "mpt": _mpt,
     "smollm3": _smollm3,
     "exaone4": _exaone4,
+    "gemma3n_text": _gemma3n,
     "gemma4_text": _gemma4,
     "gemma4_unified_text": _gemma4,
     "gptj": _gptj,

@@ -28,6 +28,7 @@ _LINEAR = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "linear_conv_kernel_dim",
 )  # fmt: skip
+_GEMMA3N = ("hidden_size_per_layer_input", "altup_num_inputs", "laurel_rank", "activation_sparsity_pattern")
 # Bounds keep a typing mistake (or a hostile file) from becoming an estimate of petabytes or a loop of
 # hours; each lies at least eightfold above the largest model published.
 MAX_WIDTH = 2**20
@@ -166,15 +167,25 @@ class ModelSpec(BaseModel):
     attention_k_eq_v: bool = False
     """gemma4: layers with full attention make their values of the key projection and have none for values."""
     num_kv_shared_layers: int = Field(0, ge=0, le=MAX_LAYERS)
-    """gemma4: this many last layers take keys and values from the last layer of their kind before them."""
+    """gemma3n, gemma4: this many last layers take keys and values from the last layer of their kind before them."""
     use_double_wide_mlp: bool = False
     """gemma4: the MLP of those layers is twice as wide."""
     masks_blocks: bool = False
     """gemma4_unified: the multimodal model makes a mask of the blocks of tokens that are one image's, for text too."""
     hidden_size_per_layer_input: int = Field(0, ge=0, le=MAX_WIDTH)
-    """gemma4: width of the embedding that each layer has of its own; 0 for none."""
+    """gemma3n, gemma4: width of the embedding that each layer has of its own; 0 for none."""
     vocab_size_per_layer_input: int = Field(0, ge=0, le=MAX_VOCAB)
-    """gemma4: rows of the table of those embeddings."""
+    """gemma3n, gemma4: rows of the table of those embeddings."""
+    altup_num_inputs: int = Field(0, ge=0, le=2**8)
+    """gemma3n: streams of hidden states, of which the layers compute one and predict and correct the others (AltUp)."""
+    altup_correct_scale: bool = False
+    """gemma3n: the computed stream is scaled before the layer's own embedding is added to the others."""
+    laurel_rank: int = Field(0, ge=0, le=MAX_WIDTH)
+    """gemma3n: width of the low-rank residual beside attention (LAuReL)."""
+    intermediate_sizes: tuple[int, ...] = Field((), max_length=MAX_LAYERS)
+    """gemma3n: width of each layer's MLP; empty where all have `intermediate_size`."""
+    activation_sparsity_pattern: tuple[float, ...] = Field((), max_length=MAX_LAYERS)
+    """gemma3n: share of each layer's gates in the MLP that is cut to zero; 0 for a dense one."""
 
     q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Latent width of the queries; None projects them directly."""
@@ -209,7 +220,10 @@ class ModelSpec(BaseModel):
     left_out: tuple[str, ...] = ()
     """What of the model is not estimated, or not as it is: every estimate says so."""
 
-    @field_validator("layer_types", "no_rope_layers", "mlp_only_layers", "aliases", "notes", "left_out", mode="before")
+    @field_validator(
+        "layer_types", "no_rope_layers", "mlp_only_layers", "intermediate_sizes", "activation_sparsity_pattern",
+        "aliases", "notes", "left_out", mode="before",
+    )  # fmt: skip
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -221,7 +235,7 @@ class ModelSpec(BaseModel):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
                 f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
-        for name in ("layer_types", "no_rope_layers"):
+        for name in ("layer_types", "no_rope_layers", "intermediate_sizes", "activation_sparsity_pattern"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_hidden_layers:
                 raise ValueError(f"`{name}` has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
@@ -264,6 +278,14 @@ class ModelSpec(BaseModel):
                 )
         if self.hidden_size_per_layer_input and not self.vocab_size_per_layer_input:
             raise ValueError("`hidden_size_per_layer_input` needs `vocab_size_per_layer_input`, the rows of its table")
+        if self.model_type == "gemma3n_text":
+            for name in _GEMMA3N:
+                if not getattr(self, name):
+                    raise ValueError(f"`gemma3n_text` is not built without `{name}`")
+            if any(not 0.0 <= share < 1.0 for share in self.activation_sparsity_pattern):
+                raise ValueError("`activation_sparsity_pattern` holds shares, from 0 to below 1")
+            if any(not 1 <= width <= MAX_WIDTH for width in self.intermediate_sizes):
+                raise ValueError(f"`intermediate_size` must be 1 to {MAX_WIDTH} in each layer")
         if self.kv_lora_rank and not (self.qk_rope_head_dim and self.v_head_dim):
             raise ValueError("`kv_lora_rank` needs `qk_rope_head_dim` and `v_head_dim`")
         return self
@@ -293,6 +315,10 @@ class ModelSpec(BaseModel):
     def shares_kv(self, layer: int) -> bool:
         """Whether layer `layer` takes its keys and values from an earlier one."""
         return layer >= self.num_hidden_layers - self.num_kv_shared_layers
+
+    def layer_intermediate_size(self, layer: int) -> int:
+        """Width of the MLP of layer `layer`."""
+        return self.intermediate_sizes[layer] if self.intermediate_sizes else self.intermediate_size
 
     def is_linear_layer(self, layer: int) -> bool:
         """Whether layer `layer` has linear attention."""

@@ -136,6 +136,12 @@ BASES = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     **{name: {**EXPERTS, **LATENT, "num_key_value_heads": 4} for name in ("deepseek_v2", "deepseek_v3")},
     "glm4_moe": {**EXPERTS, "head_dim": 16},
+    "gemma3n_text": {
+        "head_dim": 16,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention"] * 2,
+        "activation_sparsity_pattern": [0.9, 0.0],
+    },
     "gemma4_text": {
         "head_dim": 16,
         "global_head_dim": 32,

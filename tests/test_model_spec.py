@@ -28,6 +28,13 @@ TOY_EXTRA: dict[str, dict[str, Any]] = {
     "mpt": {"hidden_size": 64, "num_attention_heads": 4},
     "opt": {"hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "falcon": {"hidden_size": 64, "num_attention_heads": 4},
+    "gemma3n_text": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "num_kv_shared_layers": 0,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1},
     "deepseek_v3": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
 }
@@ -101,6 +108,7 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
     [
         {"model_type": "gemma2", "hidden_size": 2304},
         {"model_type": "gemma3_text", "num_hidden_layers": 13, "sliding_window_pattern": 3},
+        {"model_type": "gemma3n_text", "num_hidden_layers": 13, "num_kv_shared_layers": 3},
         {"model_type": "gemma4_text", "num_hidden_layers": 13},
         {"model_type": "gemma4_unified_text", "num_hidden_layers": 8},
         {"model_type": "gpt_oss", "num_hidden_layers": 5},
@@ -287,6 +295,8 @@ def test_a_text_config_may_leave_its_own_type_out() -> None:
     assert ModelSpec.from_hf_config({"model_type": "llava", "text_config": {"vocab_size": 32064}}).model_type == "llama"
     spec = ModelSpec.from_hf_config({"model_type": "gemma3", "text_config": {"hidden_size": 2560}})
     assert (spec.model_type, spec.vocab_size) == ("gemma3_text", 262208)
+    spec = ModelSpec.from_hf_config({"model_type": "gemma3n", "text_config": {"num_hidden_layers": 30}})
+    assert (spec.model_type, spec.altup_num_inputs, spec.part_of) == ("gemma3n_text", 4, "gemma3n")
 
 
 GEMMA4 = SIZES | {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 16}
@@ -317,6 +327,38 @@ def test_gemma4_has_the_parameters_of_its_config_and_of_the_one_that_transformer
         assert estimate(spec, method="full").num_params == num_params
         layers = [layer.self_attn.head_dim for layer in model.model.layers]
         assert [spec.layer_head_dim(i) for i in range(6)] == layers
+
+
+GEMMA3N = toy("gemma3n_text")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_shared_layers": 2, "layer_types": ["full_attention", "sliding_attention"] * 2},
+        {
+            "intermediate_size": [96, 128, 128, 64],
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5] + [0.0] * 3,
+        },
+        {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12, "laurel_rank": 8},
+    ],
+)
+def test_gemma3n_has_the_parameters_of_its_config_and_of_the_one_that_transformers_writes(
+    changes: dict[str, Any],
+) -> None:
+    model = real_model(GEMMA3N | changes)
+    num_params = sum(p.numel() for p in model.parameters())
+    for told in (GEMMA3N | changes, json.loads(model.config.to_json_string())):
+        spec = ModelSpec.from_hf_config(told)
+        assert estimate(spec, method="full").num_params == num_params
+        layers = model.model.layers
+        assert [spec.layer_intermediate_size(i) for i in range(len(layers))] == [
+            a.mlp.intermediate_size for a in layers
+        ]
+        assert list(spec.activation_sparsity_pattern) == [layer.mlp.activation_sparsity for layer in layers]
 
 
 @pytest.mark.oracle
@@ -355,6 +397,11 @@ def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:
         ({}, "`model_type` is missing"),
         ({"model_type": 3}, "`model_type` is not a string"),
         ({"model_type": "llama", "hidden_size": "4096"}, "`hidden_size`"),
+        ({**GEMMA3N, "altup_num_inputs": 0}, "`gemma3n_text` is not built without `altup_num_inputs`"),
+        ({**GEMMA3N, "intermediate_size": [96, 128]}, "`intermediate_size` has 2 entries for 4 layers"),
+        ({**GEMMA3N, "intermediate_size": [96, 128, 0, 96]}, "`intermediate_size` must be 1 to"),
+        ({**GEMMA3N, "activation_sparsity_pattern": 0.95}, "`activation_sparsity_pattern` is not a list"),
+        ({**GEMMA3N, "activation_sparsity_pattern": [0.5, 1, 0, 0]}, "`activation_sparsity_pattern` holds shares"),
         ({**GEMMA4, "num_kv_shared_layers": 6}, "`num_kv_shared_layers` (6) leaves some"),
         ({**GEMMA4, "num_kv_shared_layers": 1}, "`num_kv_shared_layers` (1) leaves some"),
         ({**GEMMA4, "num_global_key_value_heads": 3, "attention_k_eq_v": True}, "`num_global_key_value_heads`"),

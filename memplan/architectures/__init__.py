@@ -68,6 +68,7 @@ FAMILIES = Families(
         "gemma": ("gemma", "Gemma"),
         "gemma2": ("gemma2", "Gemma2"),
         "gemma3_text": ("gemma2", "Gemma3"),
+        "gemma3n_text": ("gemma3n", "Gemma3n"),
         "gemma4_text": ("gemma4", "Gemma4"),
         "gemma4_unified_text": ("gemma4", "Gemma4"),
         "phi3": ("phi3", "Phi3"),

@@ -48,10 +48,17 @@ class Weight(NamedTuple):
     """Not a parameter (rotary frequencies)."""
     of: str = ""
     """Class of the module it belongs to, where Trainer makes a difference: "LayerNorm", "Embedding"."""
+    gets_gradient: bool = True
+    """Off for what trains in name only, as the model's forward goes past it."""
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has a gradient, and with it states of the optimizer."""
+        return self.trains and self.gets_gradient
 
     @property
     def resident_bytes(self) -> int:
@@ -78,6 +85,10 @@ class Builder:
     """Names of what the layer being built is to leave for later ones (`Decoder.gives`)."""
     given: dict[str, Tensor] = field(default_factory=dict)
     """Where its forward leaves that."""
+    rebound: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Further locals of the model's forward, in the order in which it rebinds them behind the layers."""
+    rebinds: dict[str, int] = field(default_factory=dict)
+    """Where on the head's forward tape it does so."""
     position_ids: Tensor | None = None
     """Positions that the embedding needed before the layers do."""
     input_variance: float = 1.0
@@ -110,6 +121,7 @@ class Builder:
         kind: str = "weights",
         dtype: DType | None = None,
         loaded: DType | None = None,
+        gets_gradient: bool = True,
         of: str = "",
     ) -> Parameter:
         """A weight that is not quantised; `loaded` is the dtype it is made in, `of` its module's class."""
@@ -117,7 +129,8 @@ class Builder:
         dtype = dtype or self.frozen_dtype
         if kind == "weights" and dtype is not self.dtype:
             loaded = self.dtype
-        self.weights.append(Weight(name, shape, dtype, trains, kind, loaded_dtype=loaded, of=of))
+        weight = Weight(name, shape, dtype, trains, kind, loaded_dtype=loaded, gets_gradient=gets_gradient, of=of)
+        self.weights.append(weight)
         made = Parameter(self.machine, name, shape, dtype, trains=trains)
         if trains:
             self.parameters.append(made)
@@ -175,6 +188,11 @@ class Builder:
             self.parameters.append(made)
         return made
 
+    def rebind(self, name: str) -> None:
+        """Says that the model's forward lets go here of what the local `name` was before the layers."""
+        tape = self.machine.tape
+        self.rebinds[name] = 0 if tape is None else len(tape)
+
     def holds(self, *tensors: Tensor) -> None:
         """Says which of the embedding's tensors the model's forward has in a local until it returns."""
         self.held = list(tensors)
@@ -205,6 +223,17 @@ class Builder:
         if not self.is_target(name) or self.saves(name):
             return base
         return self._adapted(name, base, in_features, out_features)
+
+    def bypassed_linear(self, name: str, in_features: int, out_features: int) -> Parameter:
+        """The weight of an nn.Linear that the model reads itself: an adapter around it trains in name only."""
+        begin = len(self.weights)
+        layer = self.linear(name, in_features, out_features, quantise=False)
+        if isinstance(layer, Linear):
+            return layer.weight
+        assert isinstance(layer, LoraLinear | DoraLinear)
+        assert isinstance(layer.base, Linear)
+        self.weights[begin:] = [w._replace(gets_gradient=w.kind == "weights") for w in self.weights[begin:]]
+        return layer.base.weight
 
     def _quantised(self, name: str, in_features: int, out_features: int, bias: bool) -> Linear4bit | Linear8bitLt:
         if self.saves(name):

@@ -43,7 +43,7 @@ class Decoder(ABC):
     embedding_name = "model.embed_tokens"
     rotary_name = "model.rotary_emb"
     registered_late: tuple[str, ...] = ()
-    """Beginnings of the names of what belongs to the embedding and is registered behind the final norm."""
+    """Beginnings of the names of what is registered behind the final norm: of the embedding's, then of the head's."""
     softmax_in_fp32 = True
     """Eager attention's softmax runs in fp32 whatever the dtype of the scores."""
     passes_mask_by_position = False

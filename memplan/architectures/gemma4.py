@@ -35,16 +35,19 @@ _SHARING = " sharing keys and values"
 
 
 class Gemma4(Gemma3):
-    registered_late = ("model.embed_tokens_per_layer", "model.per_layer")
+    registered_late: tuple[str, ...] = ("model.embed_tokens_per_layer", "model.per_layer")
 
     # What the layers are told apart by
 
     def layer_kind(self, index: int) -> str:
         """With an int8 base layers differ by what the gates of their own inputs read: three norms' outputs more in
         each."""
-        kind = super().layer_kind(index) + (_SHARING if self.spec.shares_kv(index) else "")
+        kind = self.attention_kind(index)
         by_depth = self.config.quant_type == "int8" and self.spec.hidden_size_per_layer_input
         return f"{kind} {index}" if by_depth else kind
+
+    def attention_kind(self, index: int) -> str:
+        return super().layer_kind(index) + (_SHARING if self.spec.shares_kv(index) else "")
 
     def reads(self, index: int) -> tuple[str, ...]:
         names = (_ALL,) if self.spec.hidden_size_per_layer_input else ()

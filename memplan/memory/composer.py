@@ -208,10 +208,13 @@ class Composer:
             frames.append(f)
             before, slot = f, layer.out_slot
         h = program.frame_of(head.segment)
-        program.play("forward", step, h, head.segment.forward, [(h, PORT_X, before, slot)], loads=called)
+        rebound = [(at, e, embedding.rebound[name]) for name, at in head.segment.rebinds.items()]
+        x_from = [(h, PORT_X, before, slot)]
+        self._play("forward", step, h, head.segment, head.segment.forward, x_from, rebound, loads=called)
         # The model's forward returns: its locals go.
         program.play("forward", step, before, layers[-1].after_next)
         program.play("forward", step, e, embedding.after_model)
+        program.play("forward", step, h, head.segment.after_model)
         for f, layer in zip(frames, layers, strict=True):
             if layer.after_model:
                 program.play("forward", step, f, layer.after_model)

@@ -37,8 +37,6 @@ def record_embedding(decoder: Decoder, *, accumulating: bool, dy_is_held: bool =
     m = recorder.machine
     build = Builder(decoder.spec, config, m)
     embeddings = decoder.embed(build)
-    if accumulating:
-        seed_gradients(build.parameters)
     shared_dtype = embeddings.dtype
     shared = Shared.made_by(decoder, m, shared_dtype, position_ids=build.position_ids)
     beside = list(build.carried.values())
@@ -48,8 +46,14 @@ def record_embedding(decoder: Decoder, *, accumulating: bool, dy_is_held: bool =
         shared.position_ids = build.position_ids = None  # the embedding's backward is to free them
     out = decoder.enter(build, embeddings)
     del embeddings
+    if accumulating:
+        seed_gradients(build.parameters)
     keeps_out = build.held is None or any(t.storage is out.storage for t in build.held)
     forward = m.new_tape()
+    rebound = {}
+    for name, tensors in build.rebound.items():
+        tensors.clear()
+        rebound[name] = m.new_tape()
     while build.held:
         build.held.pop(0)
     after_model = m.new_tape()
@@ -58,27 +62,25 @@ def record_embedding(decoder: Decoder, *, accumulating: bool, dy_is_held: bool =
     _expect_tied(decoder, recorder, build)
     carried = {name: Carried.of(tensor) for name, tensor in build.carried.items()}
     ports = {name: NUM_PORTS for name, tensor in carried.items() if tensor.requires_grad}
-    assert len(carried) < 2, "one tensor beside the embeddings is the root of its backward"
-    root = beside[0] if ports else out
-    gradients = [recorder.port_carried(0, root)] if ports else []
+    assert len(carried) < 2, "one port for the gradient of what goes beside the hidden states"
+    roots = beside[:1] if ports else []
+    gradients = [recorder.port_carried(0, root) for root in roots]
     held_dy = None
     if out.requires_grad:
-        dy = recorder.port_dy(out)
-        held_dy = dy.detach() if dy_is_held else None
-        if ports:
-            expect(out, [dy.detach()])
-        else:
-            gradients.append(dy.detach())
-        del dy
+        roots.append(out)
+        gradients.append(recorder.port_dy(out))
+        held_dy = gradients[-1].detach() if dy_is_held else None
     out_requires_grad, out_slot = out.requires_grad, out.storage.slot
     holds_out = decoder.leaf_embeddings and _is_held_leaf(out)
     frees_out = bool(ports) and not holds_out and out.storage.refs > 1
     if frees_out:
+        if out.requires_grad:
+            expect(roots.pop(), [gradients.pop()])
         out = _outside(out)
-    if gradients:
-        run_backward(root, gradients)
+    run_backward(roots, gradients)
     backward = m.new_tape()
-    out.node = root.node = None
+    for root in (out, *roots):
+        root.node = None
     after_loss = m.new_tape()
     tapes = forward, after, backward
     m.stop()
@@ -90,6 +92,7 @@ def record_embedding(decoder: Decoder, *, accumulating: bool, dy_is_held: bool =
         segment.kinds[out_slot] = "activations"
     segment.carried, segment.carried_ports = carried, ports
     segment.keeps_out, segment.holds_out, segment.after_model = keeps_out, holds_out, after_model
+    segment.rebound = rebound
     segment.shared_dtype = shared_dtype
     segment.mask_slot = -1 if shared.mask is None else shared.mask.storage.slot
     segment.after_loss = [(segment.out_slot, 0), *after_loss] if holds_out else after_loss
@@ -182,7 +185,7 @@ def record_layer(
     del held
     dies_with_model = bool(m.new_tape())
     if y.requires_grad:
-        run_backward(y, [recorder.port_dy(y)])
+        run_backward([y], [recorder.port_dy(y)])
     dx = collector.meta if collector is not None else None
     lenders = *borrowed, *readings.of_embedding()
     shared_dies = tuple([lent.died_at if kept else -1 for lent, kept in zip(lenders, keeps_shared, strict=True)])

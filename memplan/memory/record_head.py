@@ -15,7 +15,7 @@ from memplan.architectures.moe_warnings import has_router_loss
 from memplan.dtypes import DType
 from memplan.errors import MemplanError
 from memplan.memory.record import Stream
-from memplan.memory.segment import Recorder, Segment, finish, seed_gradients
+from memplan.memory.segment import PORT_X, Recorder, Segment, finish, seed_gradients
 from memplan.ops.autograd import run_backward
 from memplan.ops.linear import Linear
 from memplan.ops.loss import causal_lm_loss, div, scale_in_place, total
@@ -67,6 +67,9 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
     hidden_states = norm(x)
     del x
     forward = m.new_tape()
+    while build.held:
+        build.held.pop(0)
+    after_model = m.new_tape()
     with m.allocating("loss"):
         outputs = _model_outputs(decoder, lm_head, hidden_states)
         del hidden_states
@@ -81,7 +84,7 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
         outputs_tape = m.new_tape()
         scaled = loss if config.stack == "torch" else mul_number(loss)  # accelerator.backward divides by 1
         ones = m.empty((), DType.fp32)  # torch.autograd.backward holds it until it returns
-        run_backward(scaled, [ones.detach()])
+        run_backward([scaled], [ones.detach()])
         backward = m.new_tape()
         del ones, scaled
         after_backward = m.new_tape()
@@ -91,6 +94,9 @@ def record_head(decoder: Decoder, x_in: Stream, *, accumulating: bool) -> Head:
     for slot, size in (*loss_tape, *outputs_tape):
         if size:
             segment.sizes[slot] = size
+    segment.after_model, segment.rebinds = after_model, build.rebinds
+    if (PORT_X, 0) in after_model:
+        segment.x_dies = "model"
     segment.out_slot = loss.storage.slot
     for name, slot in segment.gradients:
         if name == decoder.tied_name:

@@ -53,7 +53,7 @@ def resident(
 ) -> Resident:
     """What the model of these pieces holds; layers of one kind are one object.
 
-    `late`: beginnings of the names of the embedding's weights that the model registers behind its final norm.
+    `late`: beginnings of the names of weights that the model registers behind its final norm, the embedding's first.
 
     Raises:
         UnknownNameError: an optimizer that no row is called after.
@@ -73,8 +73,8 @@ def resident(
     for index, number in enumerate(order):
         prefix = f"{layer_prefix}.{index}."
         weights += [Weight(prefix + name, *rest) for name, rest in parts[number]]
-    weights += [w for w in head.weights if not w.name.startswith("lm_head")] if late else []
-    weights += [w for w in embedding.weights if w.name.startswith(late)]
+    weights += [w for w in head.weights if not w.name.startswith(("lm_head", *late))] if late else []
+    weights += [w for w in (*embedding.weights, *head.weights) if w.name.startswith(late)]
     weights += [w for w in head.weights if not late or w.name.startswith("lm_head")]
     loading = load(weights, config, workspace_bytes=workspace_bytes)
     plan = plan_update(weights, config, device)

@@ -56,6 +56,10 @@ class Segment:
     """What dies once the next layer has returned."""
     after_model: Tape = field(default_factory=list)
     """What dies when the model's forward returns: its locals."""
+    rebound: dict[str, Tape] = field(default_factory=dict)
+    """Of the embedding: what dies where the model's forward rebinds each of those of its locals behind the layers."""
+    rebinds: dict[str, int] = field(default_factory=dict)
+    """Of the head: where on its forward tape that is."""
     after_loss: Tape = field(default_factory=list)
     """What dies with the loss and its graph."""
     shared_dtype: DType = DType.fp32

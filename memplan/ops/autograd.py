@@ -159,17 +159,18 @@ def expect(tensor: Tensor, gradient: list[Tensor]) -> None:
     edge[0].buffer = [gradient.pop()]
 
 
-def run_backward(root: Tensor, grads_in: list[Tensor]) -> None:
-    """Runs the graph below `root` from the gradient in `grads_in`, which is taken out of that list: a handle
-    that the caller kept would forbid adding to it in place."""
-    edge = edge_of(root)
-    if edge is None:
-        return
-    start, output = edge
-    _count_dependencies(start)
-    _deliver(start, output, grads_in.pop())
-    ready: list[tuple[int, int, Node]] = [(start.order, 0, start)]
-    pushed = 1
+def run_backward(roots: Sequence[Tensor], grads_in: list[Tensor]) -> None:
+    """Runs the graph below `roots` from their gradients in `grads_in`, which are taken out of that list: a handle that
+    the caller kept would forbid adding to it in place."""
+    edges = [edge for edge in map(edge_of, roots) if edge is not None]
+    _count_dependencies([start for start, _ in edges])
+    ready: list[tuple[int, int, Node]] = []
+    for start, output in edges:
+        _deliver(start, output, grads_in.pop(0))
+    for pushed, (start, _) in enumerate(edges):
+        if not start.missing:
+            heapq.heappush(ready, (start.order, pushed, start))
+    pushed = len(edges)
     while ready:
         node = heapq.heappop(ready)[2]
         grads = node.buffer
@@ -195,9 +196,9 @@ def run_backward(root: Tensor, grads_in: list[Tensor]) -> None:
                 pushed += 1
 
 
-def _count_dependencies(start: Node) -> None:
-    seen = {id(start)}
-    stack = [start]
+def _count_dependencies(starts: list[Node]) -> None:
+    seen = {id(start) for start in starts}
+    stack = list(starts)
     while stack:
         for edge in stack.pop().edges:
             if edge is not None:

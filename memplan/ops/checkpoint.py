@@ -133,11 +133,11 @@ def _reentrant_backward(node: Node, grads: GradList) -> Grads:
         if output is not None:
             output.storage.mark("activations")  # held until the layer's backward is over
     if not isinstance(result, tuple):
-        run_backward(result, [incoming(grads)])
+        run_backward([result], [incoming(grads)])
     else:
         if result[1] is not None:
             expect(result[1], [zeros[0].detach()])
-        run_backward(result[0], [incoming(grads)])
+        run_backward([result[0]], [incoming(grads)])
     assert x.node is not None
     grads_of = [None if leaf.node is None else leaf.node.meta for leaf in leaves]
     for name in names:

@@ -155,13 +155,13 @@ def masked_fill_in_place(x: Tensor, mask: Tensor) -> Tensor:
 def divide_in_place(x: Tensor, divisor: Tensor) -> Tensor:
     """x /= divisor, the divisor broadcast along the last dimension."""
     m = x.machine
-    node = record(m, _divide_backward, (x, divisor), (divisor,))
+    node = record(m, divide_backward, (x, divisor), (divisor,))
     if node is not None and divisor.requires_grad:
         save_result(node, m.empty(x.shape, x.dtype))  # what x was, for the divisor's gradient
     return attach(node, Tensor(x.storage, x.shape, x.dtype))
 
 
-def _divide_backward(node: Node, grads: GradList) -> Grads:
+def divide_backward(node: Node, grads: GradList) -> Grads:
     grad, m = incoming(grads), node.machine
     saved = [node.unpack(i) for i in range(len(node.saved))]
     d_divisor = None

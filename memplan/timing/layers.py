@@ -79,7 +79,7 @@ def _each(weights: list[Weight], spec: ModelSpec, config: TrainConfig) -> Iterat
         part = "adapter" if base != w.name else "experts" if experts else "base"
         if part == "base" and not in_layers and spec.vocab_size in w.shape:
             part = "head"
-        needs_dw = w.trains or w.name in bare
+        needs_dw = w.learns or w.name in bare
         dtype, stored = _dtype(w, part, config), sum(w.stored)
         groups = experts[0] if experts else 1
         yield w.name, Linear(out_features, in_features, groups, 0, part, dtype, needs_dw, stored, in_layers)

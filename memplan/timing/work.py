@@ -114,7 +114,7 @@ def step_work(
         piece: replace(count, written_bytes=max(0, count.written_bytes - own[piece]))
         for piece, count in micro[-1].items()
     }
-    trained = [w for w in program.weights if w.trains]
+    trained = [w for w in program.weights if w.learns]
     recomputed = Count()
     if config.gradient_checkpointing:
         recomputed = Count(counts["forward"].kernels, 0)

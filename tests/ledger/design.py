@@ -45,6 +45,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "stablelm_2_12b": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "stablelm_biased": ("stablelm", {"use_qkv_bias": True, "num_key_value_heads": 8}),
+    "gemma3n_mixed": (
+        "gemma3n_text",
+        {
+            "intermediate_size": [704, 352, 352, 704],
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 1,
+            "altup_num_inputs": 2,
+            "altup_correct_scale": False,
+        },
+    ),
     "gemma4_e2b": ("gemma4_text", {"num_key_value_heads": 1, "num_kv_shared_layers": 1, "use_double_wide_mlp": False}),
     "gemma4_31b": (
         "gemma4_text",

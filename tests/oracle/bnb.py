@@ -20,6 +20,10 @@ BLOCK_SIZE = 64  # quantize_4bit's default
 NESTED_BLOCK_SIZE = 256  # quantize_4bit: `quantize_blockwise(..., blocksize=256)`
 H200_PROPS = (132, 9, 0)  # SMs, compute capability: what the dispatch asks of the GPU
 
+# What the user has to name in `llm_int8_skip_modules`, in place of what transformers leaves out by itself: gemma3n
+# clamps the weights of two linears while it trains, which fails for quantised ones.
+SKIPPED_MODULES = {"gemma3n_text": ["lm_head", "prediction_coefs", "correction_coefs"]}
+
 
 def quantize(model: nn.Module, *, double_quant: bool, compute_dtype: torch.dtype) -> None:
     """Replace the linears as transformers' 4-bit quantizer does (its own functions), on meta."""
@@ -35,7 +39,8 @@ def quantize(model: nn.Module, *, double_quant: bool, compute_dtype: torch.dtype
     )
     before = dict(model.named_modules())
     replaced = 0
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    skipped = SKIPPED_MODULES.get(model.config.model_type)
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model) if skipped is None else skipped, config)
     for name, module in model.named_modules():
         if module is not before[name]:
             replaced += 1

@@ -84,7 +84,7 @@ def plan_update(weights: Iterable[Weight], config: TrainConfig, device: Device =
         UnknownNameError: an optimizer that no row is called after.
     """
     row = optimizer_named(config.optimizer)
-    trained = [w for w in weights if w.trains]
+    trained = [w for w in weights if w.learns]
     params = [_param(w, config) for w in trained]
     plan = Plan(device)
     # transformers 5.17 trainer.py `_get_grad_norm`: without clipping the norm is taken all the same
