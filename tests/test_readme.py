@@ -159,6 +159,12 @@ def test_errors_of_time_are_those_of_the_fit() -> None:
     medians = [held_out[kind]["median"] for kind in ("device-bound", "launch-bound")]
     assert [float(figure) / 100 for figure in by_bound.groups()] == pytest.approx(medians, abs=6e-4)
     assert f"and {len(told['constants'])} constants" in text
+    after = re.search(r"as `memplan calibrate` learns them: (.*?) % .*?, (.*?) % .*?, bias (.*?) %", text)
+    assert after is not None
+    calibrated = [float(figure.replace("−", "-")) / 100 for figure in after.groups()]
+    assert calibrated == pytest.approx(
+        [told["calibrated"]["all"][name] for name in ("median", "p90", "bias")], abs=6e-4
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from memplan.cli import amounts, options
 from memplan.cli.amounts import AMOUNT, PRICE
 from memplan.cli.figures import gib
 from memplan.cli.output import display, emit
-from memplan.cli.render import bold, dim, heading, line, paragraph, table
+from memplan.cli.render import bold, command, dim, heading, line, paragraph, table
 from memplan.errors import MemplanError
 from memplan.units import dollars_text, hours_text
 
@@ -155,7 +155,7 @@ def plan_lines(result: Plan, *, all_reasons: bool) -> Iterator[RenderableType]:
         yield ""
         for number, c in enumerate(result.front, 1):
             asked = f"--num-tokens {result.num_tokens}" + (f" --price {c.price.usd_per_gpu_hour:g}" if c.price else "")
-            yield paragraph(f"memplan cost {result.model} {command_of(c)} {asked}", indent=5, first=f"  {number}. ")
+            yield command(f"memplan cost {result.model} {command_of(c)} {asked}", first=f"  {number}. ")
         yield ""
     else:
         yield "nothing fits, or nothing is within the limits"

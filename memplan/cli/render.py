@@ -6,6 +6,7 @@ terminal's theme sets, those that read on white as on black; all that they say, 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -87,6 +88,11 @@ def paragraph(text: str, *, indent: int = 2, first: str = "", style: str = "", m
     return _Prose(text, first or " " * indent, " " * (len(first) or indent), style, mark)
 
 
+def command(text: str, *, first: str) -> RenderableType:
+    """A shell command that can be copied whole: lines end with a backslash, and an option stays beside its value."""
+    return _Prose(re.sub(r"(?<= )(--\S+) (?!-)", rf"\1{NO_BREAK}", text), first, " " * len(first), "", "", " \\")
+
+
 def warning(text: str) -> RenderableType:
     return paragraph(text, first="warning: ", mark=UNSURE)
 
@@ -99,19 +105,22 @@ def packed(items: Iterable[str]) -> RenderableType:
 class _Prose:
     """Words in lines; textwrap, because rich has neither a hanging indent nor a space that it does not break at."""
 
-    def __init__(self, text: str, first: str, others: str, style: str, mark: str) -> None:
+    def __init__(self, text: str, first: str, others: str, style: str, mark: str, joint: str = "") -> None:
         self.text, self.first, self.others, self.style, self.mark = text, first, others, style, mark
+        self.joint = joint
+        """What ends every line but the last."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         lines = textwrap.wrap(
             self.text,
-            max(options.max_width, len(self.others) + 20),
+            max(options.max_width, len(self.others) + 20) - len(self.joint),
             initial_indent=self.first,
             subsequent_indent=self.others,
             break_on_hyphens=False,
         )
         for number, text in enumerate(lines):
-            made = line((text.replace(NO_BREAK, " "), self.style))
+            joint = self.joint if number < len(lines) - 1 else ""
+            made = line((text.replace(NO_BREAK, " ") + joint, self.style))
             made.no_wrap, made.overflow = True, "ignore"
             if number == 0 and self.mark:
                 made.stylize(self.mark, 0, len(self.first))

@@ -145,6 +145,19 @@ def score(rows: Sequence[Row], gpu: GpuSpec, constants: Constants) -> dict[str, 
     return {name: _summary(found) for name, found in errors.items() if found}
 
 
+def score_calibrated(
+    train: Sequence[Row], test: Sequence[Row], gpu: GpuSpec, constants: Constants
+) -> dict[str, dict[str, float]]:
+    """Errors as of somebody who has calibrated: each file is a machine, whose rows in `train` move `constants` by the
+    factors of `TOGETHER` before its rows in `test` are predicted."""
+    errors = []
+    for file in sorted({row.file for row in test}):
+        known = [row for row in train if row.file == file]
+        moved = fit(known, gpu, start=constants, together=True) if known else constants
+        errors += [row.predict(gpu, moved).step_seconds / row.seconds - 1 for row in test if row.file == file]
+    return {"all": _summary(errors)}
+
+
 def _summary(errors: list[float]) -> dict[str, float]:
     size = sorted(abs(e) for e in errors)
     return {
@@ -177,6 +190,7 @@ def main(
     train, test = [r for r in rows if r.place >= held_out], [r for r in rows if r.place < held_out]
     constants = fit(train, card)
     scores = {"fitted": score(train, card, constants), "held_out": score(test, card, constants)}
+    scores["calibrated"] = score_calibrated(train, test, card, constants)
     for reason, count in sorted(left_out.items()):
         print(f"left out {count}: {reason}")
     if verbose:
@@ -194,15 +208,14 @@ def main(
     for part, figures in scores.items():
         for kind, figure in figures.items():
             rows_and_errors = [f"{name} {exact_percent(figure[name], 1)}" for name in ("median", "p90", "bias")]
-            print(f"{part:9s} {kind:20s} {figure['rows']:4.0f} rows: {', '.join(rows_and_errors)}")
+            print(f"{part:10s} {kind:20s} {figure['rows']:4.0f} rows: {', '.join(rows_and_errors)}")
     if out is not None:
         body = {
             "gpu": card.name,
             "source": f"{len(rows)} measured runs, {len(train)} fitted and {len(test)} held out (split seed {seed}): "
             + ", ".join(path.name for path in records),
             "constants": {name: float(f"{getattr(constants, name):.5g}") for name in NAMES},
-            "fitted": scores["fitted"],
-            "held_out": scores["held_out"],
+            **scores,
         }
         out.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
