@@ -7,8 +7,9 @@ at the limit it gives cached blocks back to the driver and tries again, as PyTor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations, islice
 from typing import Any, Literal
 
 from memplan import catalog, gpus
@@ -56,8 +57,16 @@ class FitReport:
     band_bytes: int
     """How far measured runs of this kind have gone beyond their prediction."""
     suggestions: tuple[Suggestion, ...]
-    largest: dict[str, int]
-    """When it fits: the largest value of each knob that still fits, each alone."""
+    fitter: Fitter = field(repr=False)
+    """What answers for this model and card."""
+
+    @cached_property
+    def largest(self) -> dict[str, int]:
+        """When it fits: the largest value of each knob that still fits, each alone; sought when first asked for."""
+        if not self.fits:
+            return {}
+        run = self.estimate.config
+        return {knob: value for knob in KNOBS if (value := self.fitter.largest(run, knob))}
 
     @property
     def fits(self) -> bool:
@@ -226,15 +235,7 @@ def fit(
     """
     fitter, run = _fitter(model, config, gpu, free_only, allocator, fields)
     verdict = fitter.verdict(run)
-    suggestions: list[Suggestion] = []
-    largest: dict[str, int] = {}
-    if verdict == "fits":
-        largest = {knob: value for knob in KNOBS if (value := fitter.largest(run, knob))}
-    else:
-        for suggestion in fitter.suggestions(run):
-            suggestions.append(suggestion)
-            if len(suggestions) == MAX_SUGGESTIONS:
-                break
+    suggestions = () if verdict == "fits" else tuple(islice(fitter.suggestions(run), MAX_SUGGESTIONS))
     made = fitter.estimate(run)
     return FitReport(
         estimate=made,
@@ -242,8 +243,8 @@ def fit(
         verdict=verdict,
         capacity_bytes=fitter.room(made),
         band_bytes=band(made.config, made.tensor_bytes),
-        suggestions=tuple(suggestions),
-        largest=largest,
+        suggestions=suggestions,
+        fitter=fitter,
     )
 
 
@@ -284,7 +285,7 @@ def over_cards(
         fitter, run = _fitter(model, config, name, False, allocator, fields)
         made = fitter.estimate(run)
         verdict, margin = fitter.verdict(run), band(made.config, made.tensor_bytes)
-        reports.append(FitReport(made, fitter.gpu, verdict, fitter.room(made), margin, (), {}))
+        reports.append(FitReport(made, fitter.gpu, verdict, fitter.room(made), margin, (), fitter))
     return reports
 
 

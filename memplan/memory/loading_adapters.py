@@ -36,7 +36,8 @@ def make_adapters(loading: Loading, weights: Sequence[Weight], config: TrainConf
             held = _weight_norm(loading, base[f"{name}.weight"], made, config, workspace_bytes)
             workspace_bytes = 0
         slots[w.name] = loading.allocate(tape, w.numel * made.itemsize, w.kind)
-        loading.free(tape, *held)
+        if held:
+            loading.free(tape, *held)
     for w in saved:
         dtypes[w.name] = w.loaded_dtype or w.dtype
         slots[w.name] = loading.allocate(tape, w.numel * dtypes[w.name].itemsize, w.kind)

@@ -39,4 +39,5 @@ class Loading:
         self.base += [(first + slot, size) for slot, size in tape]
 
     def free(self, tape: Tape, *slots: int) -> None:
-        tape += [(slot, 0) for slot in slots]
+        for slot in slots:
+            tape.append((slot, 0))
