@@ -22,6 +22,7 @@ from memplan.hf_families import (
     OTHER_KEYS,
     TEXT_MODEL_TYPES,
     TEXT_MODELS_OF_FAMILY,
+    WITH_OWN_HEAD,
     Family,
 )
 from memplan.hf_rules import FAMILY_RULES, fill_rotary, fill_sliding, fill_widths
@@ -41,6 +42,7 @@ _PLAIN = (
     "moe_intermediate_size", "num_shared_experts", "shared_expert_intermediate_size",
     "first_k_dense_replace", "decoder_sparse_step",
     "mlp_only_layers", "n_group", "topk_group", "topk_method", "norm_topk_prob", "output_router_logits",
+    "attention_chunk_size", "attn_temperature_tuning",
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "linear_conv_kernel_dim",
     "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
@@ -55,6 +57,7 @@ _DECIDING = (
 _HEADS_OF_FULL_LAYERS = ("global_head_dim", "num_global_key_value_heads", "per_layer_config")
 # Those of one family.
 _FURTHER_KEYS = {
+    "llama4_text": ("moe_layers", "interleave_moe_layer_step"),
     "exaone4": ("sliding_window_pattern",),
     "gemma3_text": ("sliding_window_pattern",),
     "gemma3n_text": ("activation_sparsity_pattern",),
@@ -197,7 +200,8 @@ def _text_model(raw: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     text = dict(nested)
     if nested is raw or text.get("model_type") is None:
         text["model_type"] = TEXT_MODEL_TYPES.get(outer)
-    if "tie_word_embeddings" in raw:  # the head belongs to the outer model, whose word counts (`tie_weights`)
+    if "tie_word_embeddings" in raw and outer not in WITH_OWN_HEAD:
+        # the head belongs to the outer model, whose word counts (`tie_weights`)
         text["tie_word_embeddings"] = raw["tie_word_embeddings"]
     return text, outer
 
@@ -228,7 +232,7 @@ def _left_out(model_type: str, family: Family, text: Mapping[str, Any]) -> list[
     notes = [note for key, note in _NOT_MODELLED.items() if text.get(key) not in (None, False, _OF_IMAGES)]
     if model_type in ("deepseek_v3", "glm4_moe") and text.get("num_nextn_predict_layers"):
         notes.append("the multi-token-prediction layer is left out, as transformers leaves it out")
-    accepted = set(OTHER_KEYS.get(model_type, ()))
+    accepted = {*OTHER_KEYS.get(model_type, ()), *family.keys.values()}
     for name, key in family.keys.items():
         if key != name and name in text and key not in text and name not in accepted and name in _PLAIN[:5]:
             notes.append(f"`{name}` has no effect on `{model_type}`, which reads `{key}`")

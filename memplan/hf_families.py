@@ -14,9 +14,10 @@ from typing import Any, Literal
 # "every": all of them as soon as `sliding_window` is set.
 # "upper": those from `max_window_layers` on, if `use_sliding_window`.
 # an integer n: all but each n-th. `layer_types`, where given, wins over the last two.
+# "chunked" is no sliding: layers that rotate attend in chunks.
 # "linear" is no sliding: layers with linear attention, all but each fourth (`full_attention_interval`) without
 # `layer_types`.
-Sliding = Literal["none", "every", "upper", "no_rope", "qwen2_moe", "linear"] | int
+Sliding = Literal["none", "every", "upper", "no_rope", "chunked", "qwen2_moe", "linear"] | int
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ _BIASED = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(keys=_ALL_FOUR),
+    "llama4_text": Family(
+        keys=_ALL_FOUR
+        | {
+            "intermediate_size": "intermediate_size_mlp",
+            "moe_intermediate_size": "intermediate_size",
+            "num_experts": "num_local_experts",
+            "qk_norm": "use_qk_norm",
+        },
+        sliding="chunked",
+    ),
     "mistral": Family(sliding="every"),
     "ministral3": Family(sliding="every"),
     "seed_oss": Family(keys={"hidden_dropout": "residual_dropout"}),
@@ -195,6 +206,7 @@ TEXT_MODEL_TYPES = {
     "gemma4_unified": "gemma4_unified_text",
     "idefics3": "llama",
     "internvl": "qwen2",
+    "llama4": "llama4_text",
     "llava": "llama",
     "llava_next": "llama",
     "llava_onevision": "qwen2",
@@ -208,6 +220,8 @@ TEXT_MODEL_TYPES = {
 }
 # Of these, the ones whose older configs have the text model's keys beside `vision_config`, not nested.
 FLAT_TEXT_CONFIGS = ("qwen2_vl", "qwen2_5_vl")
+# Of these, the ones whose text model has its own head, so that its own `tie_word_embeddings` counts.
+WITH_OWN_HEAD = ("llama4",)
 # Text models of multimodal ones whose layers are those of a family: they differ in how the rotary tables, made once a
 # step, are put together (three kinds of positions), which is not played.
 TEXT_MODELS_OF_FAMILY = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -216,7 +230,6 @@ _LINEAR_ATTENTION = "most of its layers have linear attention"
 _STATE_SPACE = "it has state-space layers"
 # Families of transformers 5.17 that are asked for and not modelled: why, and the nearest that is.
 NOT_MODELLED: dict[str, tuple[str, str]] = {
-    "llama4_text": ("its experts multiply their inputs by the router and its layers attend in chunks", "llama"),
     "qwen3_5_moe_text": (_LINEAR_ATTENTION, "qwen3_moe"),
     "kimi_linear": (_LINEAR_ATTENTION, "deepseek_v3"),
     "qwen3_vl_moe_text": ("PEFT converts the names of its experts differently", "qwen3_moe"),
@@ -261,6 +274,7 @@ OTHER_KEYS: dict[str, dict[str, str]] = {
         "n_positions": "max_position_embeddings",
     },
     "mixtral": {"num_experts": "num_local_experts"},
+    "llama4_text": {"num_experts": "num_local_experts"},
     "gpt_oss": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "olmoe": {"num_local_experts": "num_experts"},

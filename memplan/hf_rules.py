@@ -46,6 +46,9 @@ def fill_sliding(fields: dict[str, Any], config: Mapping[str, Any], family: Fami
     types = config.get("layer_types") if family.sliding not in ("none", "every") else None
     if types is None and family.sliding == "linear":
         types = _linear_layers(config, num_layers)
+    if types is None and family.sliding == "chunked":
+        rotates = _no_rope_layers(config, num_layers)
+        types = ["chunked_attention" if flag else "full_attention" for flag in rotates][:num_layers]
     if types is None:
         slides = _sliding_rule(config, family, num_layers, window is not None)
         types = ["sliding_attention" if slide else "full_attention" for slide in slides]
@@ -82,7 +85,7 @@ def _sliding_rule(config: Mapping[str, Any], family: Family, num_layers: int, ha
 
 def _no_rope_layers(config: Mapping[str, Any], num_layers: int) -> list[int]:
     flags = config.get("no_rope_layers")
-    if isinstance(flags, list | tuple):
+    if isinstance(flags, list | tuple) and flags:
         return list(flags)
     interval = config.get("no_rope_layer_interval")
     if type(interval) is not int or interval < 1:
@@ -137,6 +140,30 @@ def _mpt(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
 
 def _smollm3(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
     fields["no_rope_layers"] = tuple(_no_rope_layers(config, fields["num_hidden_layers"]))
+
+
+def _llama4(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
+    num_layers = fields["num_hidden_layers"]
+    fields["no_rope_layers"] = tuple(_no_rope_layers(config, num_layers)[:num_layers])
+    fields["attn_temperature_tuning"] = bool(fields["attn_temperature_tuning"])  # 4 in the first configs
+    _whole(fields, "attention_chunk_size")  # the mask of chunks is made whether a layer has it or not
+    fields["output_router_logits"] = False  # recorded, but no loss is made of them
+    if set(fields["layer_types"]) - {"chunked_attention", "full_attention"}:
+        raise InvalidSpecError("`layer_types` of `llama4_text` are `chunked_attention` and `full_attention`")
+    sparse = config.get("moe_layers")
+    if sparse is None:
+        step = config.get("interleave_moe_layer_step")
+        if type(step) is not int or step < 1:
+            raise InvalidSpecError("`interleave_moe_layer_step` is not a whole number above zero")
+        sparse = range(step - 1, min(num_layers, MAX_LAYERS), step)
+    elif not isinstance(sparse, list | tuple):
+        raise InvalidSpecError("`moe_layers` is not a list")
+    fields["mlp_only_layers"] = tuple(i for i in range(min(num_layers, MAX_LAYERS)) if i not in sparse)
+    if len(fields["mlp_only_layers"]) == num_layers:
+        fields |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+    else:
+        _whole(fields, "num_experts")
+        fields["shared_expert_intermediate_size"] = fields["moe_intermediate_size"]
 
 
 def _exaone4(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
@@ -243,6 +270,7 @@ FAMILY_RULES = {
     "smollm3": _smollm3,
     "exaone4": _exaone4,
     "gemma3n_text": _gemma3n,
+    "llama4_text": _llama4,
     "gemma4_text": _gemma4,
     "gemma4_unified_text": _gemma4,
     "gptj": _gptj,

@@ -17,7 +17,7 @@ from memplan.errors import InvalidSpecError
 from memplan.hf_config import canonical_fields, read_config
 from memplan.hf_rules import MAX_LAYERS
 
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
 
 _LEARNED_POSITIONS = frozenset({"gpt2", "gptj", "mpt", "opt"})
 """Model types that keep a table of `max_position_embeddings` rows (of sines in gptj, of biases in mpt)."""
@@ -97,6 +97,10 @@ class ModelSpec(BaseModel):
     """Window of the sliding layers, in tokens; None when no layer slides."""
     layer_types: tuple[LayerType, ...] = Field((), max_length=MAX_LAYERS)
     """Attention of each layer; empty when all are full."""
+    attention_chunk_size: int | None = Field(None, ge=1, le=MAX_POSITIONS)
+    """llama4: tokens of a chunk, within which layers of chunked attention attend."""
+    attn_temperature_tuning: bool = False
+    """llama4: layers that do not rotate scale their queries by position."""
     linear_num_key_heads: int = Field(0, ge=0, le=MAX_WIDTH)
     """qwen3_next: heads of queries and keys in layers with linear attention."""
     linear_num_value_heads: int = Field(0, ge=0, le=MAX_WIDTH)
@@ -110,7 +114,7 @@ class ModelSpec(BaseModel):
     rotary_dim: int | None = Field(None, ge=0, le=MAX_WIDTH)
     """Leading elements of each head that are rotated; None is the whole head."""
     no_rope_layers: tuple[int, ...] = Field((), max_length=MAX_LAYERS)
-    """Flags of smollm3 and exaone4, one a layer: 1 rotates, 0 does not. Empty when all rotate."""
+    """Flags of smollm3, exaone4 and llama4, one a layer: 1 rotates, 0 does not. Empty when all rotate."""
     alibi: bool = False
     """Attention biases by distance in place of rotary positions."""
     attn_logit_softcapping: float | None = None
@@ -240,6 +244,10 @@ class ModelSpec(BaseModel):
                 raise ValueError(f"`{name}` has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("`layer_types` names sliding layers, but `sliding_window` is not given")
+        if "chunked_attention" in self.layer_types and self.attention_chunk_size is None:
+            raise ValueError(
+                "`layer_types` names layers that attend in chunks, but `attention_chunk_size` is not given"
+            )
         if "linear_attention" in self.layer_types:
             for name in _LINEAR:
                 if not getattr(self, name):
@@ -305,7 +313,9 @@ class ModelSpec(BaseModel):
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == "sliding_attention")
 
     def layer_window(self, layer: int) -> int | None:
-        """Sliding window of layer `layer` in tokens; None when its attention is full."""
+        """Sliding window, or chunk, of layer `layer` in tokens; None when its attention is full."""
+        if self.layer_types and self.layer_types[layer] == "chunked_attention":
+            return self.attention_chunk_size
         return self.sliding_window if self.layer_types and self.layer_types[layer] == "sliding_attention" else None
 
     def layer_head_dim(self, layer: int) -> int:
@@ -325,7 +335,7 @@ class ModelSpec(BaseModel):
         return bool(self.layer_types) and self.layer_types[layer] == "linear_attention"
 
     def has_rope(self, layer: int) -> bool:
-        """Whether layer `layer` rotates queries and keys (smollm3 and exaone4 leave some out)."""
+        """Whether layer `layer` rotates queries and keys (smollm3, exaone4 and llama4 leave some out)."""
         return not self.no_rope_layers or bool(self.no_rope_layers[layer])
 
     @property

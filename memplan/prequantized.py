@@ -24,7 +24,8 @@ def storage_fields(spec: ModelSpec) -> dict[str, Any]:
     """TrainConfig's fields that the storage of the checkpoint decides; none for one that is not quantised.
 
     Raises:
-        MemplanError: a `quant_method` that memplan does not model.
+        MemplanError: a `quant_method` that memplan does not model, or experts that it makes modules of their own
+            (transformers 5.17 quantizers/base.py `MODULES_TO_PATCH_FOR_QUANTIZATION`).
     """
     stored = spec.quantization_config
     if not stored:
@@ -37,6 +38,12 @@ def storage_fields(spec: ModelSpec) -> dict[str, Any]:
         raise MemplanError(
             f"`{spec.label}` comes quantised by `{method}`, which is not modelled (known: {', '.join(known)})",
             hints=["name the model it was quantised from: `--method qlora` quantises it with bitsandbytes"],
+        )
+    if spec.model_type == "llama4_text" and spec.is_moe:
+        raise MemplanError(
+            f"`{spec.label}` comes quantised by bitsandbytes, experts included, which transformers then runs one "
+            "by one (`SequentialLlama4TextExperts`): not modelled",
+            hints=["name the model it was quantised from: `--method qlora` quantises all but its experts"],
         )
     if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
         return {"method": "qlora", "quant_type": "int8"}

@@ -89,11 +89,13 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
 
     assert spec.attention_bias == has_bias(attention, inner)
     assert spec.attention_out_bias == has_bias(attention, outer)
-    mlp = [n for n in names if n not in attention and ("mlp" in n or ".fc1" in n or ".fc2" in n or "ffn" in n)]
+    mlp_names = "mlp", ".fc1", ".fc2", "ffn", "feed_forward"
+    mlp = [n for n in names if n not in attention and any(name in n for name in mlp_names)]
     assert mlp
     assert spec.mlp_bias == any(n.endswith(("bias",)) and "norm" not in n and "router" not in n for n in mlp)
     assert spec.lm_head_bias == ("lm_head.bias" in names)
-    assert spec.qk_norm == any("q_norm" in n or "q_layernorm" in n for n in attention)
+    modules = [n for n, _ in model.named_modules()]  # llama4's norm has no weights
+    assert spec.qk_norm == any(n.endswith(("q_norm", "q_layernorm", "qk_norm")) for n in modules)
     assert spec.norm_affine == any("norm" in n or "ln_" in n for n in names)
     head = model.get_output_embeddings().weight
     assert spec.tie_word_embeddings == (head is model.get_input_embeddings().weight)
@@ -118,6 +120,9 @@ def test_biases_norms_and_widths_are_those_of_the_modules_transformers_builds(mo
         {"model_type": "qwen3", "use_sliding_window": True},
         {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 64},
         {"model_type": "smollm3", "no_rope_layer_interval": 3},
+        {"model_type": "llama4_text", "num_hidden_layers": 9},
+        {"model_type": "llama4_text", "num_hidden_layers": 4, "no_rope_layers": [0, 1, 1, 0]},
+        {"model_type": "llama4_text", "num_hidden_layers": 2, "layer_types": ["full_attention", "chunked_attention"]},
         {"model_type": "qwen2_moe", "use_sliding_window": True, "sliding_window": 64},
         {"model_type": "qwen3_next", "num_hidden_layers": 7},
         {"model_type": "qwen3_5_text", "num_hidden_layers": 5},
@@ -130,6 +135,7 @@ def test_sliding_layers_and_rope_flags_are_those_the_config_class_derives(config
     spec, real = ModelSpec.from_hf_config(config), real_config(config)
     assert spec.sliding_layers == tuple(i for i, kind in enumerate(real.layer_types) if kind == "sliding_attention")
     layers = range(spec.num_hidden_layers)
+    assert list(spec.layer_types or ("full_attention",) * len(layers)) == list(real.layer_types)
     assert [spec.is_linear_layer(i) for i in layers] == [kind == "linear_attention" for kind in real.layer_types]
     if spec.sliding_layers:
         assert spec.sliding_window == real.sliding_window
@@ -253,6 +259,10 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], str]] = {
                 "text_config": SIZES | {"vocab_size_per_layer_input": 256, "num_kv_shared_layers": 1,
                                         "layer_types": ["full_attention"] * 2}}, "gemma4_text"),
     "gemma4_unified": ({"model_type": "gemma4_unified", "text_config": SIZES}, "gemma4_unified_text"),
+    "llama4": ({"model_type": "llama4", "text_config": SIZES | {"interleave_moe_layer_step": 2}}, "llama4_text"),
+    "llama4 tied inside": ({"model_type": "llama4", "tie_word_embeddings": False,
+                            "text_config": SIZES | {"tie_word_embeddings": True}}, "llama4_text"),
+    "llama4 tied outside": ({"model_type": "llama4", "tie_word_embeddings": True, "text_config": SIZES}, "llama4_text"),
     "paligemma": ({"model_type": "paligemma", "text_config": {"model_type": "gemma", **SIZES}}, "gemma"),
     "llava": ({"model_type": "llava", "text_config": SIZES | {"model_type": "llama"}}, "llama"),
     "llava on mistral": ({"model_type": "llava_next", "text_config": SIZES | {"model_type": "mistral"}}, "mistral"),
@@ -285,7 +295,8 @@ def test_a_multimodal_config_gives_its_language_model_and_says_so(name: str) -> 
     torch.set_num_threads(1)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(real_config(config))
-    language_model = getattr(model.model, "language_model", None) or model.model.text_model
+    inner = getattr(model, "model", model)
+    language_model = getattr(inner, "language_model", None) or inner.text_model
     text = {id(p): p.numel() for p in (*language_model.parameters(), model.get_output_embeddings().weight)}
     made = estimate(spec, method="full")
     assert made.num_params == sum(text.values())
@@ -379,6 +390,39 @@ def test_a_family_that_is_not_modelled_says_why_and_names_the_nearest(model_type
     (near,) = caught.value.near
     assert near in FAMILIES
     assert f"--family {near}" in caught.value.hints[0]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"interleave_moe_layer_step": 2},
+        {"interleave_moe_layer_step": 3},
+        {"moe_layers": [0, 3]},
+        {"moe_layers": []},
+    ],
+)
+def test_llama4_has_experts_where_its_config_class_says(changes: dict[str, Any]) -> None:
+    config = toy("llama4_text", intermediate_size_mlp=192, **changes)
+    spec, model = ModelSpec.from_hf_config(config), real_model(config)
+    assert [spec.is_moe_layer(i) for i in range(4)] == [layer.is_moe_layer for layer in model.model.layers]
+    assert estimate(spec, method="full").num_params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_chunk_size": None},
+        {"layer_types": ["sliding_attention"] * 4},
+        {"moe_layers": 2},
+        {"interleave_moe_layer_step": 0},
+        {"num_local_experts": 0},
+    ],
+)
+def test_llama4_that_transformers_cannot_build_or_run_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSpecError):
+        ModelSpec.from_hf_config(toy("llama4_text", **changes))
 
 
 def test_moe_layers_follow_the_decoder_layers_of_each_family() -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 from tests.ledger.compare import figures
+from tests.ledger.design import LINEAR_NAMES
 from tests.oracle.configs import CONFIGS
 
 pytestmark = pytest.mark.oracle
@@ -28,6 +29,7 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "gemma3": _text("gemma3_text"),
     "gemma4": _text("gemma4_text"),
     "gemma4_unified": _text("gemma4_unified_text"),
+    "llama4": _text("llama4_text"),
     "llava": _text("llama"),
     "mistral3": _text("mistral"),
     "qwen2_5_vl": _text("qwen2", model_type="qwen2_5_vl_text", **_rotary(4, 6, 6)),
@@ -50,8 +52,10 @@ def test_every_phase_is_the_real_one(monkeypatch: pytest.MonkeyPatch, wrapper: s
                 delattr(model.model, tower)
         return model
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", from_config)
-    run = TrainConfig(method=method, stack="torch", micro_batch_size=2, seq_len=96)
+    if wrapper != "llama4":  # of which AutoModelForCausalLM takes the language model out
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", from_config)
+    targets = LINEAR_NAMES.get(WRAPPED[wrapper]["model_type"], "all-linear") if method == "lora" else "all-linear"
+    run = TrainConfig(method=method, stack="torch", micro_batch_size=2, seq_len=96, target_modules=targets)
     config = {
         "model_type": wrapper,
         "tie_word_embeddings": wrapper.startswith("gemma"),

@@ -47,6 +47,7 @@ FAMILIES = Families(
         "falcon": ("falcon", "Falcon"),
         "mpt": ("mpt", "Mpt"),
         "llama": ("llama", "Llama"),
+        "llama4_text": ("llama4", "Llama4"),
         "mistral": ("mistral", "Mistral"),
         "ministral3": ("ministral3", "Ministral3"),
         "seed_oss": ("seed_oss", "SeedOss"),

@@ -46,6 +46,8 @@ class Decoder(ABC):
     """Beginnings of the names of what is registered behind the final norm: of the embedding's, then of the head's."""
     softmax_in_fp32 = True
     """Eager attention's softmax runs in fp32 whatever the dtype of the scores."""
+    casts_probabilities = True
+    """Where it does not, its result is cast to the dtype of the values (autocast's softmax is in fp32)."""
     passes_mask_by_position = False
     """Layers get the mask as a positional argument: a reentrant checkpoint saves it, and holds the others by name."""
     supports_sdpa = True
@@ -69,10 +71,11 @@ class Decoder(ABC):
 
     def layer_kind(self, index: int) -> str:
         """Layers of the same kind take the same memory; the kind is passed to `layer`."""
-        return "full_attention" if self.spec.layer_window(index) is None else "sliding_attention"
+        return self.spec.layer_types[index] if self.spec.layer_types else "full_attention"
 
     def attention_windows(self) -> dict[str, int | None]:
-        """The masks that the model makes once a step, and the window of each: `full_attention`, `sliding_attention`."""
+        """The masks that the model makes once a step, and the window of each: `full_attention`, `sliding_attention`,
+        `chunked_attention`."""
         windows: dict[str, int | None] = {"full_attention": None}
         if self.spec.sliding_layers:
             windows["sliding_attention"] = self.spec.sliding_window
@@ -92,8 +95,8 @@ class Decoder(ABC):
         passes by position, which a checkpoint saves as its inputs."""
         return ()
 
-    def rotary_table(self, machine: Machine, width: int, dtype: DType) -> tuple[Tensor, Tensor]:
-        """cos and sin of `width`, as layers are given them."""
+    def rotary_table(self, machine: Machine, width: int, dtype: DType) -> tuple[Tensor, Tensor | None]:
+        """cos and sin of `width`, as layers are given them; or one table of complex numbers."""
         return rotary_table(machine, self.config.seq_len, width, dtype)
 
     def make_other_masks(self, machine: Machine) -> None:  # noqa: B027  most models make none
@@ -101,7 +104,7 @@ class Decoder(ABC):
 
     def shared_of(self, kind: str, shared: Shared) -> Shared:
         """What a layer of `kind` is given of the shared tensors."""
-        return shared.sliding() if kind.startswith("sliding") else shared.full()
+        return shared.sliding() if kind.startswith(("sliding", "chunked")) else shared.full()
 
     def embed(self, build: Builder) -> Tensor:
         """What the model makes of the token ids before masks and rotary tables, [B, S, hidden].
@@ -234,6 +237,7 @@ class Decoder(ABC):
                 num_groups=groups,
                 p=p,
                 softmax_in_fp32=self.softmax_in_fp32,
+                casts_probabilities=self.casts_probabilities,
                 by_heads=by_heads,
                 soft_caps=self.soft_caps_scores,
             )
@@ -245,10 +249,14 @@ class Decoder(ABC):
 
         `shared` is what the layer is given, where masks differ by layer.
         """
+        copies = rotated or self.gradient_comes_by_heads(x, num_heads, shared)
+        return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=copies)
+
+    def gradient_comes_by_heads(self, x: Tensor, num_heads: int, shared: Shared | None = None) -> bool:
+        """Whether attention leaves the gradient of projections like `x` laid out by heads."""
         masked = self.config.padding if shared is None else shared.mask is not None
         repeated = masked and num_heads < self.spec.num_attention_heads
-        copies = rotated or repeated or self.attention_implementation == "eager" or self.attends_by_ops(x, masked)
-        return split_heads(x, num_heads, x.shape[-1] // num_heads, copies=copies)
+        return repeated or self.attention_implementation == "eager" or self.attends_by_ops(x, masked)
 
     def attends_by_ops(self, x: Tensor, masked: bool) -> bool:
         """Whether sdpa has no fused kernel for projections like `x`: fp32 with grouped heads and no mask."""

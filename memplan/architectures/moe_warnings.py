@@ -42,6 +42,11 @@ def _adapters(spec: ModelSpec, config: TrainConfig) -> list[str]:
     if not converts_experts(spec.model_type):
         if targets != "all-linear":
             return []
+        if spec.model_type in _FAILING_ROUTERS:
+            return [
+                f"PEFT's `all-linear` adapts the router of `{spec.model_type}`, which then fails when it is called: "
+                f"estimated without, as `target_modules={_ALL_BUT_ROUTER}` runs; the experts stay frozen"
+            ]
         if spec.model_type in _LINEAR_ROUTERS:
             return [
                 f"PEFT adapts the router of `{spec.model_type}`, a linear layer, and not its experts: they stay frozen"
@@ -78,6 +83,8 @@ def has_router_loss(spec: ModelSpec, config: TrainConfig) -> bool:
     return spec.output_router_logits or (config.stack == "trl" and spec.model_type in _HAVE_ROUTER_LOSS)
 
 
+_ALL_BUT_ROUTER = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+_FAILING_ROUTERS = frozenset({"llama4_text"})
 _LINEAR_ROUTERS = frozenset({"gemma4_text"})
 _HAVE_ROUTER_LOSS = frozenset({"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"})
 

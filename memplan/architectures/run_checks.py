@@ -6,7 +6,7 @@ from memplan.errors import InvalidSpecError, MemplanError
 from memplan.model_spec import ModelSpec
 from memplan.train_config import TrainConfig
 
-WITHOUT_FLASH = frozenset({"bloom", "mpt"})
+WITHOUT_FLASH = frozenset({"bloom", "llama4_text", "mpt"})
 """Model types whose class leaves `_supports_flash_attn` off (transformers 5.17); all others set it."""
 
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Shared:
-    """The tensors that every layer is given. Those of sliding layers are None where no layer slides."""
+    """The tensors that every layer is given. Those of sliding layers (or those that attend in chunks) are None where
+    no layer does."""
 
     position_ids: Tensor | None = None
     mask: Tensor | None = None
     sliding_mask: Tensor | None = None
     cos: Tensor | None = None
+    """Or the table of complex numbers, where the model rotates by those."""
     sin: Tensor | None = None
     sliding_cos: Tensor | None = None
     sliding_sin: Tensor | None = None
@@ -48,6 +50,10 @@ class Shared:
         if "sliding_attention" in windows:
             shared.sliding_mask = causal_mask(
                 decoder, machine, dtype, window=windows["sliding_attention"], always=always
+            )
+        if "chunked_attention" in windows:
+            shared.sliding_mask = causal_mask(
+                decoder, machine, dtype, window=windows["chunked_attention"], is_chunk=True
             )
         decoder.make_other_masks(machine)
         table_dtype = decoder.shared_dtype(dtype)
@@ -94,7 +100,7 @@ class Shared:
 
 def positions(m: Machine, tokens: int) -> Tensor:
     """(torch.arange(tokens) + 0).unsqueeze(0): [1, S]"""
-    return _shifted_range(m, tokens).view(1, tokens)
+    return shifted_range(m, tokens).view(1, tokens)
 
 
 def causal_mask(
@@ -106,8 +112,9 @@ def causal_mask(
     detects_packing: bool = True,
     given: bool = False,
     always: bool = False,
+    is_chunk: bool = False,
 ) -> Tensor | None:
-    """The mask of causal attention over `window` tokens (all of them if None).
+    """The mask of causal attention over `window` tokens (all of them if None), or within chunks of so many.
 
     sdpa: boolean [1 or B, 1, S, S], or None where `is_causal` says the same: no padding and a window longer than the
     sequence (`_ignore_causal_mask_sdpa`). eager: additive, [B, 1, S, S] in `dtype`, always there. `given` says that the
@@ -120,17 +127,18 @@ def causal_mask(
         padding_mask = m.empty((batch, tokens), DType.bool8)
     elif detects_packing:
         _find_packed_sequences(m, batch, tokens)
+    left_padding = _left_padding(m, batch, tokens, given=given) if is_chunk else None
     if not eager and not always and (window is None or window > tokens):
         if given:
             _all_true(m, batch, tokens)
         if not padding:
             return None
     ranges = [m.empty((count,), DType.int64) for count in (batch, 1)]
-    ranges += [_shifted_range(m, tokens), _shifted_range(m, tokens)]
+    ranges += [shifted_range(m, tokens), shifted_range(m, tokens)]
     square = (1, 1, tokens, tokens)
-    mask = _positions_mask(m, square, window)
+    mask = _positions_mask(m, square, window) if left_padding is None else _chunks_mask(m, batch, tokens)
     if given:  # and_masks: each condition is a tensor of its own, and each conjunction another one
-        both = m.empty(square, DType.bool8)
+        both = m.empty(mask.shape, DType.bool8)
         mask = both
         del both
         rows = m.empty((batch, 1, 1, tokens), DType.bool8)
@@ -168,7 +176,45 @@ def _positions_mask(m: Machine, square: Shape, window: int | None) -> Tensor:
     return both
 
 
-def _shifted_range(m: Machine, tokens: int) -> Tensor:
+def _left_padding(m: Machine, batch: int, tokens: int, *, given: bool) -> Tensor:
+    """`create_chunked_causal_mask`: the first chunk begins behind the padding on the left of each row."""
+    if not given:
+        return m.empty((batch,), DType.int64)
+    seen = m.empty((batch, tokens), DType.int64)
+    zeros = m.empty((batch, tokens), DType.bool8)
+    is_zero = m.empty((batch, tokens), DType.bool8)
+    del seen, zeros
+    counted = m.empty((batch,), DType.int64)
+    del is_zero
+    return counted
+
+
+def _chunks_mask(m: Machine, batch: int, tokens: int) -> Tensor:
+    """`chunked_causal_mask_function`, by row since each has its own padding: [B, 1, S, S]."""
+    keys = _chunk_of_each(m, (batch, 1, 1, tokens))
+    queries = _chunk_of_each(m, (batch, 1, tokens, 1))
+    shape = (batch, 1, tokens, tokens)
+    same = m.empty(shape, DType.bool8)
+    del keys, queries
+    mask = m.empty(shape, DType.bool8)
+    del same
+    causal = m.empty((1, 1, tokens, tokens), DType.bool8)
+    both = m.empty(shape, DType.bool8)
+    del causal, mask
+    return both
+
+
+def _chunk_of_each(m: Machine, shape: Shape) -> Tensor:
+    """(index - left_padding[row]) // chunk_size"""
+    padding = m.empty((shape[0], 1, 1, 1), DType.int64)
+    shifted = m.empty(shape, DType.int64)
+    del padding
+    chunk = m.empty(shape, DType.int64)
+    del shifted
+    return chunk
+
+
+def shifted_range(m: Machine, tokens: int) -> Tensor:
     """torch.arange(tokens) + 0"""
     counted = m.empty((tokens,), DType.int64)
     shifted = m.empty((tokens,), DType.int64)

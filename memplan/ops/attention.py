@@ -65,6 +65,7 @@ def eager(
     num_groups: int,
     p: float = 0.0,
     softmax_in_fp32: bool = True,
+    casts_probabilities: bool = True,
     by_heads: bool = False,
     soft_caps: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -72,6 +73,7 @@ def eager(
     the decoder layer holds until it returns.
 
     `by_heads`: q and k lie [B, N, S, H] in memory (a partial rotation concatenates them), not [B, S, N, H].
+    `casts_probabilities`: where the softmax is not in fp32, its result is cast to the dtype of the values.
     `soft_caps`: the scores become tanh(scores / cap) * cap, as gemma2 has it.
     """
     key_states = repeat_kv(k, num_groups)
@@ -91,7 +93,7 @@ def eager(
         attn_weights = to(softmax_fp32(attn_weights), q.dtype)
     else:
         attn_weights = softmax(attn_weights)
-        attn_weights = to(attn_weights, v.dtype)
+        attn_weights = to(attn_weights, v.dtype) if casts_probabilities else attn_weights
     if p:
         attn_weights = dropout(attn_weights, p)
     output = weighted_values(attn_weights, value_states, by_tokens=num_groups == 1 or is_view)

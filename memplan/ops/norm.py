@@ -82,6 +82,24 @@ class OffsetRMSNorm:
 
 
 @dataclass(slots=True)
+class CastRMSNorm:
+    """llama4's: (x32 * rstd) back in the input's dtype, times the weight if there is one (models/llama4
+    `Llama4TextRMSNorm`, `Llama4TextL2Norm`)."""
+
+    weight: Parameter | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output = to(self._norm(to(x, DType.fp32)), x.dtype)
+        return output if self.weight is None else mul(output, self.weight)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return mul(x, rsqrt(add_number(mean_last(pow_number(x)))))
+
+    def parameters(self) -> list[Parameter]:
+        return [] if self.weight is None else [self.weight]
+
+
+@dataclass(slots=True)
 class PowRMSNorm:
     """gemma4's: x32 * (mean + eps) ** -0.5, times the weight in fp32 if there is one, then back
     (models/gemma4/modeling_gemma4.py `Gemma4RMSNorm`)."""

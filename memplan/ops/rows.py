@@ -4,6 +4,7 @@
     masked_fill  the mask                       / one tensor; in place forward allocates nothing
     top-k        the indices                    / zeros of the whole, into which scatter_ writes
     gather       the index                      / zeros of the whole, into which scatter_add_ writes
+    scatter_     the index                      / what is gathered of the gradient
     /=           the divisor, a copy of itself  / five small ones
     sum(dim)     nothing                        / the gradient expanded, copied where it is reshaped next
 
@@ -126,6 +127,19 @@ def gather_last(x: Tensor, index: Tensor) -> Tensor:
 def _scatter_backward(node: Node, grads: GradList) -> Grads:
     index = node.unpack()
     out = node.machine.empty(node.meta, incoming(grads).dtype)
+    del index
+    return (out,)
+
+
+def scatter_in_place(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    """x.scatter_(-1, index, source), x needing no gradient: the same storage; backward gathers."""
+    node = record(x.machine, _gather_backward, (source,), (index,))
+    return attach(node, Tensor(x.storage, x.shape, x.dtype))
+
+
+def _gather_backward(node: Node, grads: GradList) -> Grads:
+    index = node.unpack()
+    out = node.machine.empty(index.shape, incoming(grads).dtype)
     del index
     return (out,)
 

@@ -27,6 +27,9 @@ CANDIDATES = 24
 WITHOUT_SDPA = ("gptj", "bloom", "mpt", "gpt_oss")
 """`_supports_sdpa` is off in their transformers 5.17 classes: eager is what they run, whatever is asked."""
 
+WITHOUT_BACKBONE = ("llama4_text",)
+"""Their `base_model_prefix` is the name they have in a multimodal model."""
+
 WITH_ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 """`all-linear` reaches their experts (peft/utils/transformers_weight_conversion.py), which are bare parameters."""
 
@@ -87,6 +90,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next_equal_heads": ("qwen3_next", {"linear_num_key_heads": 4, "mlp_only_layers": [0]}),
     "qwen3_5_equal_heads": ("qwen3_5_text", {"linear_num_key_heads": 4, "tie_word_embeddings": True}),
     "qwen3_next_one_key_head": ("qwen3_next", {"linear_num_key_heads": 1, "attention_bias": True}),
+    "llama4_scout": ("llama4_text", {"moe_layers": [0, 1], "num_experts_per_tok": 2, "no_rope_layers": [0, 1]}),
+    "llama4_maverick": ("llama4_text", {"use_qk_norm": False, "attention_chunk_size": 8192, "moe_layers": [0]}),
+    "llama4_dense": ("llama4_text", {"moe_layers": [], "attn_temperature_tuning": False, "attention_bias": True}),
     "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
 }
 """Members of families that are built otherwise than the others."""
@@ -131,6 +137,9 @@ def impossible(family: str, choice: Choice) -> str:
         return "the family has no sdpa: the run is the one with eager attention"
     if not adapters and any(choice[name] != KNOBS[name][0] for name in ONLY_WITH_ADAPTERS):
         return "there are no adapters to have this"
+    chunked = choice["stack"] in ("torch_chunked", "trl")
+    if chunked and family in WITHOUT_BACKBONE:
+        return "TRL 1.16 finds no backbone in the model and fails (`base_model_prefix` names no part of it)"
     if choice["method"] != "qlora" and any(choice[name] != KNOBS[name][0] for name in ONLY_QUANTISED):
         return "nothing is quantised"
     adapts_all = choice["targets"] == "all-linear"
@@ -225,7 +234,7 @@ def _train_config(family: str, choice: Choice) -> TrainConfig:
     if choice["method"] != "full":
         fields |= {
             "rank": choice["rank"],
-            "target_modules": choice["targets"] if choice["targets"] == "all-linear" else _attention_names(family),
+            "target_modules": _targets(family, choice["targets"]),
             "adapter_dtype": choice["adapter_dtype"],
             "use_dora": choice["adapter"] == "dora",
             "lora_dropout": 0.1 if choice["adapter"] == "dropout" else 0.0,
@@ -234,6 +243,12 @@ def _train_config(family: str, choice: Choice) -> TrainConfig:
     if choice["method"] == "qlora":
         fields |= {"double_quant": choice["double_quant"], "kbit_prep": choice["kbit_prep"]}
     return TrainConfig(**fields)
+
+
+LINEAR_NAMES = {
+    "llama4_text": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+"""What `all-linear` comes down to without a router that PEFT adapts and cannot call."""
 
 
 EMBEDDING_NAMES = {
@@ -251,6 +266,10 @@ ATTENTION_NAMES: dict[str, tuple[str, ...]] = {
 def _attention_names(family: str) -> tuple[str, ...]:
     """What articles adapt: query and value, or what they are fused into."""
     return ATTENTION_NAMES.get(family, ("q_proj", "v_proj"))
+
+
+def _targets(family: str, which: str) -> Any:
+    return LINEAR_NAMES.get(family, which) if which == "all-linear" else _attention_names(family)
 
 
 def _saved_module(family: str, which: str | None) -> tuple[str, ...]:

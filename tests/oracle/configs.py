@@ -213,5 +213,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "glm": _llama_like("glm", head_dim=32, **_IDS),
     "glm4": _llama_like("glm4", head_dim=32, **_IDS),
+    "llama4_text": _llama_like(
+        "llama4_text",
+        head_dim=48,
+        intermediate_size=96,
+        intermediate_size_mlp=704,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[1, 0],
+        attention_chunk_size=64,
+        **_IDS,
+    ),
     "exaone4": _llama_like("exaone4", head_dim=48, sliding_window=64, sliding_window_pattern=2),
 }
