@@ -59,7 +59,7 @@ def row(model: str, config: TrainConfig) -> None:
     made = afresh(model, config)
     first, again = cpu(lambda: afresh(model, config)), cpu(lambda: Estimate(made.model, config, None))
     replay = cpu(lambda: simulate(made.program))
-    fits = cpu(lambda: fit(made.model, config, gpu=CARD), 2)
+    fits = cpu(lambda: fit(made.model, config, gpu=CARD).largest, 2)
     solved = cpu(lambda: solve(made.model, config, gpu=CARD), 2)
     print(
         f"{model:14s} {config.method:6s} {first:7.1f} {again:7.1f} {replay:7.1f} {first + replay:9.1f}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from memplan.calibration.trace import Part, read_trace
-from memplan.memory import allocator, allocator_blocks
+from memplan.memory import allocator_blocks, allocator_replay
 from memplan.memory.allocator_config import AllocatorConfig
 from memplan.memory.allocator_trace import TraceComparison, replay_trace
 from memplan.units import MIB
@@ -81,7 +81,7 @@ def test_another_rule_of_splitting_would_show(name: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_border_between_the_pools_would_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator, "SMALL_SIZE_BYTES", 2 * MIB)
+    monkeypatch.setattr(allocator_replay, "SMALL_SIZE_BYTES", 2 * MIB)
     assert replayed(name).difference is not None
 
 

@@ -6,11 +6,9 @@ a freed block while another stream uses it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 from memplan.memory.allocator_blocks import (
-    ADDRESS_BITS,
     ALLOCATED,
     FREE,
     UNMAPPED,
@@ -27,7 +25,8 @@ from memplan.memory.allocator_release import (
     release_available_cached_blocks,
     release_cached_blocks,
 )
-from memplan.memory.allocator_sizes import SMALL_SIZE_BYTES, round_size, segment_size
+from memplan.memory.allocator_replay import Slots, replay
+from memplan.memory.allocator_sizes import segment_size
 
 _NO_LIMIT = 1 << 62
 
@@ -60,17 +59,13 @@ class CachingAllocator:
     """
 
     __slots__ = (
-        "_divisions",
-        "_fits_any",
-        "_large",
         "_next_address",
         "_pools",
-        "_small",
-        "_split_below",
-        "_stream",
         "allocated_bytes",
         "config",
+        "fits_any",
         "heads",
+        "large",
         "met_limit",
         "new_segment_address",
         "num_alloc_retries",
@@ -78,9 +73,11 @@ class CachingAllocator:
         "num_ooms",
         "peak_allocated_bytes",
         "peak_reserved_bytes",
-        "requested_bytes",
         "reserved_bytes",
         "segment_events",
+        "small",
+        "split_below",
+        "stream",
     )
 
     def __init__(
@@ -93,7 +90,6 @@ class CachingAllocator:
         self.new_segment_address = new_segment_address or self._ascending_address
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
-        self.requested_bytes = 0
         self.num_alloc_retries = self.num_ooms = 0
         self.num_large_lookups = 0
         self.met_limit = False  # whether the driver or the limit ever refused a request
@@ -101,112 +97,27 @@ class CachingAllocator:
         self.segment_events: list[SegmentEvent] = []
         self._next_address = 0
         self._pools: dict[int, tuple[Pool, Pool]] = {}
-        self._divisions = config.roundup_power2_divisions
         max_split = config.max_split_size_bytes
-        self._fits_any = max_split is None and not config.expandable_segments and not self.collects_garbage
+        self.fits_any = max_split is None and not config.expandable_segments and not self.collects_garbage
         # should_split: max_split_size does not hold for expandable segments
-        self._split_below = _NO_LIMIT if max_split is None or config.expandable_segments else max_split
-        self._use_stream(0)
+        self.split_below = _NO_LIMIT if max_split is None or config.expandable_segments else max_split
+        self.use_stream(0)
 
     def malloc(self, num_bytes: int, stream: int = 0) -> Block:
         """A block of at least `num_bytes` (above 0: torch asks for no memory for an empty tensor).
-
-        The smallest free block of the stream's pool that is large enough, of these the one of the lowest
-        address (`get_free_block`); else a new segment. What is left over stays free if it is worth splitting
-        off (`should_split`, `alloc_found_block`).
 
         Raises:
             OutOfMemory: no room below the limit, even after giving back what is cached.
         """
         assert num_bytes > 0
-        size = round_size(num_bytes, self._divisions) if self._divisions else (num_bytes + 511) & -512
-        if stream != self._stream:
-            self._use_stream(stream)
-        pool = self._small if size <= SMALL_SIZE_BYTES else self._large
-        keys = pool.keys
-        at = bisect_left(keys, size << ADDRESS_BITS)
-        if not self._fits_any:
-            at = self._best_fit(pool, size, at)
-        blocks = pool.blocks
-        fits = at < len(keys)
-        block = blocks[at] if fits else self._new_block(pool, size)
-        rest_bytes = block.size_bytes - size
-        if rest_bytes >= pool.min_rest_bytes and size < self._split_below:
-            # Block.cut and the free list's upkeep, written out: a played step spends half of its time here
-            rest = Block()
-            rest.pool = pool
-            rest.address = address = block.address + size
-            rest.size_bytes = rest_bytes
-            rest.state = FREE
-            rest.prev = block
-            rest.next = following = block.next
-            if following is not None:
-                following.prev = rest
-            block.next = rest
-            block.size_bytes = size
-            rest.key = key = rest_bytes << ADDRESS_BITS | address
-            rest.gc_base = self.num_large_lookups
-            if fits and (at == 0 or keys[at - 1] < key):
-                keys[at] = key
-                blocks[at] = rest
-            else:
-                if fits:
-                    del keys[at], blocks[at]
-                at = bisect_left(keys, key)
-                keys.insert(at, key)
-                blocks.insert(at, rest)
-        elif fits:
-            del keys[at], blocks[at]
-        block.state = ALLOCATED
-        block.requested_bytes = num_bytes
-        self.requested_bytes += num_bytes
-        self.allocated_bytes = allocated = self.allocated_bytes + block.size_bytes
-        if allocated > self.peak_allocated_bytes:
-            self.peak_allocated_bytes = allocated
-        return block
+        slots: Slots = [None]
+        replay(self, ((0, num_bytes),), slots, stream)
+        assert slots[0] is not None
+        return slots[0]
 
     def free(self, block: Block) -> None:
-        """Put `block`, from `malloc`, on its free list, merged with free neighbours (`free_block`)."""
-        assert block.state == ALLOCATED
-        size = block.size_bytes
-        self.allocated_bytes -= size
-        self.requested_bytes -= block.requested_bytes
-        pool = block.pool
-        keys, blocks = pool.keys, pool.blocks
-        block.state = FREE
-        hole = -1  # where in the list a merged neighbour was
-        neighbour = block.prev
-        if neighbour is not None and neighbour.state == FREE:
-            hole = bisect_left(keys, neighbour.key)
-            size += neighbour.size_bytes
-            neighbour.next = following = block.next
-            if following is not None:
-                following.prev = neighbour
-            block = neighbour
-        neighbour = block.next
-        if neighbour is not None and neighbour.state == FREE:
-            if hole >= 0:
-                del keys[hole], blocks[hole]
-            hole = bisect_left(keys, neighbour.key)
-            size += neighbour.size_bytes
-            block.next = following = neighbour.next
-            if following is not None:
-                following.prev = block
-        block.size_bytes = size
-        block.key = key = size << ADDRESS_BITS | block.address
-        block.gc_base = self.num_large_lookups
-        if hole < 0:
-            at = bisect_left(keys, key)
-            keys.insert(at, key)
-            blocks.insert(at, block)
-        elif hole + 1 == len(keys) or key < keys[hole + 1]:
-            keys[hole] = key
-            blocks[hole] = block
-        else:
-            del keys[hole], blocks[hole]
-            at = bisect_left(keys, key)
-            keys.insert(at, key)
-            blocks.insert(at, block)
+        """Put `block`, from `malloc`, on its free list, merged with free neighbours."""
+        replay(self, ((0, 0),), [block], self.stream)
 
     def reset_peak(self) -> None:
         """Start both peaks from what is held now (`resetPeakStats`)."""
@@ -243,6 +154,12 @@ class CachingAllocator:
         )
 
     @property
+    def requested_bytes(self) -> int:
+        """Sum of what was asked for, of the blocks that are handed out."""
+        live = (block for head in self.heads.values() for block in _chain(head) if block.state == ALLOCATED)
+        return sum(block.requested_bytes for block in live)
+
+    @property
     def collects_garbage(self) -> bool:
         """Whether old blocks are freed on the way to the limit; without a limit they never are (`malloc`)."""
         return self.config.garbage_collection_threshold > 0.0 and self.config.limit_bytes is not None
@@ -268,22 +185,18 @@ class CachingAllocator:
         capacity = self.config.capacity_bytes
         return capacity is None or self.reserved_bytes + size_bytes <= capacity
 
-    def _ascending_address(self, size_bytes: int) -> int:
-        address = self._next_address
-        self._next_address += size_bytes
-        return address
-
-    def _use_stream(self, stream: int) -> None:
+    def use_stream(self, stream: int) -> None:
+        """From here on, requests are of `stream`."""
         if stream not in self._pools:
             expandable, large_segment = self.config.expandable_segments, self.config.large_segment_size_bytes
             self._pools[stream] = (
                 Pool(stream, is_small=True, expandable=expandable, large_segment_bytes=large_segment),
                 Pool(stream, is_small=False, expandable=expandable, large_segment_bytes=large_segment),
             )
-        self._small, self._large = self._pools[stream]
-        self._stream = stream
+        self.small, self.large = self._pools[stream]
+        self.stream = stream
 
-    def _best_fit(self, pool: Pool, size: int, at: int) -> int:
+    def best_fit(self, pool: Pool, size: int, at: int) -> int:
         """Index of the block to use, given that of the first large enough; past the end for none."""
         if not pool.is_small:
             self.num_large_lookups += 1
@@ -302,7 +215,7 @@ class CachingAllocator:
         rounding = self.config.max_non_split_rounding_bytes or self.config.large_segment_size_bytes
         return len(blocks) if size >= max_split and blocks[at].size_bytes >= size + rounding else at
 
-    def _new_block(self, pool: Pool, size: int) -> Block:
+    def take_block(self, pool: Pool, size: int) -> Block:
         """A block of new memory, off the free list; at the limit, cached memory goes back first."""
         if self.collects_garbage:
             garbage_collect_cached_blocks(self)
@@ -320,6 +233,11 @@ class CachingAllocator:
             limits = [n for n in (self.config.limit_bytes, self.config.capacity_bytes) if n is not None]
             raise OutOfMemory(from_driver, self.reserved_bytes, min(limits))
         return block
+
+    def _ascending_address(self, size_bytes: int) -> int:
+        address = self._next_address
+        self._next_address += size_bytes
+        return address
 
     def _alloc_block(self, pool: Pool, size: int, from_driver: int) -> Block | None:
         """`alloc_block`: the limit is held against the segment's size even where fewer pages would do."""
