@@ -93,6 +93,8 @@ class Builder:
     """Positions that the embedding needed before the layers do."""
     input_variance: float = 1.0
     """Variance of the hidden states that the block being built reads: 1 behind a norm."""
+    gate_sparsity: float = 0.0
+    """Share of the gates of the MLP being built that is cut to zero before the activation."""
 
     @property
     def dtype(self) -> DType:
@@ -250,7 +252,9 @@ class Builder:
         self.weights.append(Weight(f"{name}.weight", shape, self.dtype, False, "weights", tuple(stored)))
         if config.quant_type == "int8":
             plain = self.parameter(f"{name}.bias", (out_features,)) if bias else None
-            num_outliers = outlier_columns(self.spec, config, name, in_features, self.input_variance)
+            num_outliers = outlier_columns(
+                self.spec, config, name, in_features, self.input_variance, self.gate_sparsity
+            )
             return Linear8bitLt(in_features, out_features, plain, num_outliers)
         kept = self._bias_4bit(name, out_features) if bias else None
         return Linear4bit(in_features, out_features, config.double_quant, self.compute_dtype, kept, self.dtype)

@@ -10,6 +10,8 @@ Source: transformers 5.17 models/gemma3n/modeling_gemma3n.py. What is special fo
 
 from __future__ import annotations
 
+import math
+
 from memplan.architectures.altup import altup_of
 from memplan.architectures.builder import Builder
 from memplan.architectures.decoder import Layer, Mlp, Norm
@@ -24,8 +26,6 @@ from memplan.ops.tensor import Tensor
 from memplan.ops.views import add_to_view, set_item
 
 _OWN = "per_layer_input"
-_SPARSE = " with sparse gates"
-_WIDTH = " of width "
 SKIPPED = ("lm_head", "prediction_coefs", "correction_coefs")
 """What `llm_int8_skip_modules` must name for a quantised base to train at all."""
 
@@ -34,9 +34,24 @@ class Gemma3n(Gemma4):
     registered_late = ("model.embed_tokens_per_layer", "model.per_layer", "model.altup_")
 
     def layer_kind(self, index: int) -> str:
-        kind = self.attention_kind(index)
-        kind += _SPARSE if self.spec.activation_sparsity_pattern[index] > 0.0 else ""
-        return kind + (f"{_WIDTH}{self.spec.layer_intermediate_size(index)}" if self.spec.intermediate_sizes else "")
+        spec, kind = self.spec, self.attention_kind(index)
+        sparsity = spec.activation_sparsity_pattern[index]
+        kind += f" with {sparsity:g} of its gates cut" if sparsity else ""
+        kind += f" of width {spec.layer_intermediate_size(index)}" if spec.intermediate_sizes else ""
+        by_depth = self.config.quant_type == "int8" and not spec.altup_correct_scale
+        return f"{kind} {index}" if by_depth else kind
+
+    def first_of(self, kind: str) -> int:
+        """The first layer of `kind`."""
+        return next(index for index in range(self.spec.num_hidden_layers) if self.layer_kind(index) == kind)
+
+    def stream_variance(self, num_layers: int) -> float:
+        """Variance of the hidden states behind `num_layers` layers of fresh weights: to the active stream, v, and to
+        its norm, alike in all but size, come LAuReL's norm and attention's; the sum is halved, the MLP's norm added."""
+        variance = self.spec.initializer_range**2 * self.spec.hidden_size
+        for _ in range(num_layers):
+            variance = ((math.sqrt(variance) + 1.0) ** 2 + 2.0) / 2.0 + 1.0
+        return variance
 
     def shared_dtype(self, hidden: DType) -> DType:
         return DType.fp32 if self.config.autocast else hidden
@@ -67,7 +82,9 @@ class Gemma3n(Gemma4):
     def enter(self, build: Builder, hidden_states: Tensor) -> Tensor:
         """The streams: the embeddings, and projections of them, each scaled to the magnitude of the embeddings."""
         hidden, num = self.spec.hidden_size, self.spec.altup_num_inputs
+        build.input_variance = self.stream_variance(0)
         projections = [build.linear(f"model.altup_projections.{i}", hidden, hidden) for i in range(num - 1)]
+        build.input_variance = 1.0
         target_magnitude = _magnitude(hidden_states)
         streams = [hidden_states]
         altup_proj = current = new_magnitude = None
@@ -98,8 +115,11 @@ class Gemma3n(Gemma4):
         post_mlp_norm = self.norm(build, "post_feedforward_layernorm", hidden)
         altup = altup_of(build, self.norm)
         laurel = self.laurel(build)
+        # the scale is zero in a fresh model
+        build.input_variance = 0.0 if spec.altup_correct_scale else self.stream_variance(self.first_of(kind) + 1)
         gate = build.linear("per_layer_input_gate", hidden, own)
         projection = build.linear("per_layer_projection", own, hidden)
+        build.input_variance = 1.0
         post_own_norm = self.norm(build, "post_per_layer_input_norm", hidden)
         activation = self.activation()
 
@@ -146,8 +166,9 @@ class Gemma3n(Gemma4):
         return forward
 
     def mlp(self, build: Builder, kind: str) -> Mlp:
-        told = kind.rpartition(_WIDTH)[2]
-        hidden, width = self.spec.hidden_size, int(told) if told.isdigit() else self.spec.intermediate_size
+        index = self.first_of(kind)
+        hidden, width = self.spec.hidden_size, self.spec.layer_intermediate_size(index)
+        sparsity = build.gate_sparsity = self.spec.activation_sparsity_pattern[index]
         gate_proj = build.linear("mlp.gate_proj", hidden, width)
         up_proj = build.linear("mlp.up_proj", hidden, width)
         down_proj = build.linear("mlp.down_proj", width, hidden)
@@ -155,7 +176,7 @@ class Gemma3n(Gemma4):
 
         def forward(x: Tensor) -> Tensor:
             gate = gate_proj(x)
-            if _SPARSE in kind:
+            if sparsity > 0.0:
                 gate = gaussian_topk(gate)
             activations = activation(gate)
             up = up_proj(x)
@@ -170,7 +191,9 @@ class Gemma3n(Gemma4):
         """One stream of all of them, and its norm."""
         hidden, num = self.spec.hidden_size, self.spec.altup_num_inputs
         norm = self.norm(build, "model.norm", hidden)
+        build.input_variance = self.stream_variance(self.spec.num_hidden_layers)
         projections = [build.linear(f"model.altup_unembed_projections.{i}", hidden, hidden) for i in range(num - 1)]
+        build.input_variance = 1.0
 
         def forward(hidden_states: Tensor) -> Tensor:
             shape, dtype = hidden_states.shape[1:], self.dtype_of_token_embeddings(self.embedding_dtype)

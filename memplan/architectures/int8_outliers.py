@@ -12,6 +12,8 @@ with Q(z) the probability that a normal variable is beyond z on either side, of 
     gemma4's own inputs)
     into the MLP's second   p = P(|act(g)| >= 6), or of a gated one P(|act(g) u| >= 6), with g and u of deviation
     projection              s = initializer_range sqrt(hidden_size) sigma
+    the same of gemma3n,    g - c in place of g, where that is above zero: c = s Phi^-1(share that is cut)
+    where gates are cut
     into gemma4's           p = P(|act(g) u| >= 6), g of deviation s, sigma^2 the stream's, and u of the deviation of a
     per_layer_projection    layer's own embedding: half the sum of a norm's and of initializer_range^2 times its width
     into o_proj             row t of a sequence is the mean of t values: p_t = Q(6 sqrt(t) / s)
@@ -38,11 +40,14 @@ _POINTS = 4000
 _DEVIATIONS = 9.0
 
 
-def outlier_columns(spec: ModelSpec, config: TrainConfig, name: str, in_features: int, variance: float) -> int:
+def outlier_columns(
+    spec: ModelSpec, config: TrainConfig, name: str, in_features: int, variance: float, sparsity: float = 0.0
+) -> int:
     """Columns of what the linear layer `name` reads that are expected to hold an outlier.
 
     Args:
         variance: of the hidden states that its block reads; 1 behind a norm.
+        sparsity: share of the gates that is cut to zero before the activation.
     """
     tokens = config.tokens_per_micro_batch
     deviation = spec.initializer_range * math.sqrt(spec.hidden_size * variance)
@@ -59,7 +64,7 @@ def outlier_columns(spec: ModelSpec, config: TrainConfig, name: str, in_features
     elif name.endswith(_MLP_OUT):
         p = _of_activation(spec.hidden_act, deviation)
     elif name.endswith("down_proj"):
-        p = _of_activation(spec.hidden_act, deviation, deviation)
+        p = _of_activation(spec.hidden_act, deviation, deviation, sparsity)
     else:
         p = _beyond(THRESHOLD / math.sqrt(variance)) if variance else 0.0
     return round(in_features * -math.expm1(tokens * math.log1p(-min(p, _SURE))))
@@ -68,20 +73,31 @@ def outlier_columns(spec: ModelSpec, config: TrainConfig, name: str, in_features
 _SURE = 1.0 - 1e-12
 
 
+def _quantile(share: float) -> float:
+    """Below which a standard normal variable is with the probability `share`: by bisection."""
+    low, high = -_DEVIATIONS, _DEVIATIONS
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2.0)) < share else (low, middle)
+    return low
+
+
 def _beyond(z: float) -> float:
     """Probability that a standard normal variable is beyond z on either side."""
     return math.erfc(z / math.sqrt(2.0))
 
 
 @cache
-def _of_activation(name: str, deviation: float, factor: float | None = None) -> float:
-    """P(|act(g)| >= 6), or P(|act(g) u| >= 6), for g normal of that deviation and u of the deviation `factor`."""
+def _of_activation(name: str, deviation: float, factor: float | None = None, sparsity: float = 0.0) -> float:
+    """P(|act(g)| >= 6), or P(|act(g) u| >= 6), for g normal of that deviation and u of the deviation `factor`; of g
+    counts what it is above the quantile `sparsity`, if there is one."""
+    cutoff = _quantile(sparsity) if sparsity > 0.0 else None
     act = _ACTIVATIONS.get(name, _gelu)
     step = 2.0 * _DEVIATIONS / _POINTS
     total = 0.0
     for number in range(_POINTS + 1):
         z = -_DEVIATIONS + number * step
-        size = abs(act(z * deviation))
+        size = abs(act(deviation * (z if cutoff is None else max(0.0, z - cutoff))))
         reaches = float(size >= THRESHOLD)
         if factor is not None:
             reaches = _beyond(THRESHOLD / (size * factor)) if size else 0.0
