@@ -77,6 +77,14 @@ _NOT_MODELLED = {
     "apply_residual_connection_post_layernorm": "the residual is taken before the norm, not after it",
 }
 
+# What the multimodal class does beside its language model where there is nothing but text.
+_ON_TEXT_TOO = {
+    "gemma3n": (
+        "on text, too, `gemma3n` runs the two projections of its image and audio tokens over every token, which is not "
+        "counted",
+    )
+}
+
 _OF_IMAGES = "vision"
 """gemma4's `use_bidirectional_attention` where it is of the tokens of images alone."""
 
@@ -169,6 +177,7 @@ def canonical_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     left_out = _left_out(model_type, family, text)
     if part_of is not None:
         left_out.insert(0, f"only the language model of `{part_of}` is estimated: its other towers are left out")
+        left_out += _ON_TEXT_TOO.get(part_of, ())
     fields["part_of"] = part_of
     if part_of == "gemma4_unified" and config.get("use_bidirectional_attention") == _OF_IMAGES:
         fields["masks_blocks"] = True

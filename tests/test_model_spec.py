@@ -308,6 +308,7 @@ def test_a_text_config_may_leave_its_own_type_out() -> None:
     assert (spec.model_type, spec.vocab_size) == ("gemma3_text", 262208)
     spec = ModelSpec.from_hf_config({"model_type": "gemma3n", "text_config": {"num_hidden_layers": 30}})
     assert (spec.model_type, spec.altup_num_inputs, spec.part_of) == ("gemma3n_text", 4, "gemma3n")
+    assert any("its image and audio tokens" in note for note in spec.left_out)
 
 
 GEMMA4 = SIZES | {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 16}
