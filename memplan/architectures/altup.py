@@ -32,7 +32,7 @@ from memplan.ops.streams import repeat_first
 from memplan.ops.tensor import Parameter, Tensor
 from memplan.ops.views import add_to_view
 
-AnyLinear = Callable[[Tensor], Tensor]
+Projection = Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -42,8 +42,8 @@ class AltUp:
     num_inputs: int
     correct_output_scale: Parameter
     correction_weight: Tensor
-    prediction_coefs: AnyLinear
-    modality_router: AnyLinear
+    prediction_coefs: Projection
+    modality_router: Projection
     router_norm: Callable[[Tensor], Tensor]
 
     def compute_router_modalities(self, x: Tensor) -> Tensor:

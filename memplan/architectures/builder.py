@@ -68,6 +68,10 @@ class Weight(NamedTuple):
         return round_block(self.numel * self.dtype.itemsize)
 
 
+AnyLinear = Linear | Linear4bit | Linear8bitLt | LoraLinear | DoraLinear
+"""A linear layer as some run has it."""
+
+
 @dataclass
 class Builder:
     """Builds on one machine for one model and one run."""
@@ -209,7 +213,7 @@ class Builder:
         quantise: bool = True,
         transposed: bool = False,
         kind: type[Linear] = Linear,
-    ) -> Linear | Linear4bit | Linear8bitLt | LoraLinear | DoraLinear:
+    ) -> AnyLinear:
         """nn.Linear, or transformers' Conv1D (`transposed`: weight [in, out]), as the run has it.
 
         Raises:

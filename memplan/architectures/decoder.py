@@ -18,16 +18,10 @@ from memplan.model_spec import ModelSpec
 from memplan.ops.activations import ACTIVATIONS
 from memplan.ops.attention import eager, sdpa, split_heads
 from memplan.ops.device import HOPPER, Device
-from memplan.ops.dora import DoraLinear
-from memplan.ops.int8 import Linear8bitLt
-from memplan.ops.linear import Linear
-from memplan.ops.lora import LoraLinear
-from memplan.ops.quantized import Linear4bit
 from memplan.ops.rotary import apply_partial_rotary, apply_rotary
 from memplan.ops.tensor import Machine, Tensor
 from memplan.train_config import TrainConfig
 
-AnyLinear = Linear | Linear4bit | Linear8bitLt | LoraLinear | DoraLinear
 Layer = Callable[[Tensor], Tensor | tuple[Tensor, Tensor | None]]
 """Hidden states to hidden states; beside them what the layer returns and the model holds until the next one has
 returned (`outputs = block(...)`)."""

@@ -17,8 +17,8 @@ Source: transformers 5.17 models/falcon/modeling_falcon.py. For memory:
 from __future__ import annotations
 
 from memplan.architectures.bloom import alibi_slopes, dropout_add
-from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import AnyLinear, Attention, Decoder, Layer, Mlp, Norm
+from memplan.architectures.builder import AnyLinear, Builder
+from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
 from memplan.architectures.falcon_attention import (
     attend_by_alibi,
     attend_by_ops,

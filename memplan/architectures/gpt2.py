@@ -14,8 +14,8 @@ Source: transformers 5.17 models/gpt2/modeling_gpt2.py. For memory:
 
 from __future__ import annotations
 
-from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import AnyLinear, Attention, Decoder, Layer, Mlp, Norm
+from memplan.architectures.builder import AnyLinear, Builder
+from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
 from memplan.architectures.shared import Shared, positions
 from memplan.ops.embedding import Embedding, embedding
 from memplan.ops.pointwise import add, dropout, split_last

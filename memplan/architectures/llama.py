@@ -7,7 +7,7 @@ from the norm.
 
 from __future__ import annotations
 
-from memplan.architectures.builder import Builder
+from memplan.architectures.builder import AnyLinear, Builder
 from memplan.architectures.decoder import Attention, Decoder, Layer, Mlp, Norm
 from memplan.architectures.shared import Shared
 from memplan.ops.pointwise import add, mul
@@ -15,6 +15,8 @@ from memplan.ops.tensor import Tensor
 
 
 class Llama(Decoder):
+    output_name = "o_proj"
+    """What attention's last projection is called."""
     norms_heads_last = False
     """Queries and keys are normed when all three projections are made, not each at once."""
 
@@ -55,14 +57,21 @@ class Llama(Decoder):
     def mlp(self, build: Builder, kind: str) -> Mlp:
         return self.gated_mlp(build)
 
-    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
+    def attention_projections(self, build: Builder) -> tuple[AnyLinear, AnyLinear, AnyLinear, AnyLinear]:
+        """Of queries, keys and values, each by its heads, and of what attention puts out."""
         spec = self.spec
         hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
         kv_width = spec.num_key_value_heads * spec.head_dim
         q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
         k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
         v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
-        o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
+        o_proj = build.linear(f"self_attn.{self.output_name}", width, hidden, bias=spec.attention_out_bias)
+        return q_proj, k_proj, v_proj, o_proj
+
+    def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
+        spec = self.spec
+        width = spec.num_attention_heads * spec.head_dim
+        q_proj, k_proj, v_proj, o_proj = self.attention_projections(build)
         q_norm = self.head_norm(build, "self_attn.q_norm", spec.num_attention_heads) if spec.qk_norm else None
         k_norm = self.head_norm(build, "self_attn.k_norm", spec.num_key_value_heads) if spec.qk_norm else None
 

@@ -73,12 +73,8 @@ class Llama4(Moe, SmolLM3):
 
     def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
         spec = self.spec
-        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
-        kv_width = spec.num_key_value_heads * spec.head_dim
-        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
-        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
-        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
-        o_proj = build.linear("self_attn.o_proj", width, hidden, bias=spec.attention_out_bias)
+        width = spec.num_attention_heads * spec.head_dim
+        q_proj, k_proj, v_proj, o_proj = self.attention_projections(build)
         qk_norm = CastRMSNorm(None) if spec.qk_norm and rope else None
         tunes = spec.attn_temperature_tuning and not rope
 

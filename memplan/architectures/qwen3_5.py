@@ -8,8 +8,7 @@ Source: transformers 5.17 models/qwen3_5/modeling_qwen3_5.py. What is special fo
 
 from __future__ import annotations
 
-from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import AnyLinear
+from memplan.architectures.builder import AnyLinear, Builder
 from memplan.architectures.qwen3_next import GatedNorm, Projected, Projections, Qwen3Next
 from memplan.dtypes import DType
 from memplan.ops.dora import DoraLinear

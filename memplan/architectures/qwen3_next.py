@@ -22,8 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from memplan.architectures.builder import Builder
-from memplan.architectures.decoder import AnyLinear, Attention, Layer, Norm
+from memplan.architectures.builder import AnyLinear, Builder
+from memplan.architectures.decoder import Attention, Layer, Norm
 from memplan.architectures.moe import Qwen2Moe
 from memplan.architectures.shared import Shared
 from memplan.dtypes import DType

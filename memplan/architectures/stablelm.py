@@ -54,12 +54,8 @@ class StableLm(Llama):
 
     def self_attention(self, build: Builder, shared: Shared, *, rope: bool = True) -> Attention:
         spec = self.spec
-        hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
-        kv_width = spec.num_key_value_heads * spec.head_dim
-        q_proj = build.linear("self_attn.q_proj", hidden, width, bias=spec.attention_bias)
-        k_proj = build.linear("self_attn.k_proj", hidden, kv_width, bias=spec.attention_bias)
-        v_proj = build.linear("self_attn.v_proj", hidden, kv_width, bias=spec.attention_bias)
-        o_proj = build.linear(f"self_attn.{self.output_name}", width, hidden, bias=spec.attention_out_bias)
+        width = spec.num_attention_heads * spec.head_dim
+        q_proj, k_proj, v_proj, o_proj = self.attention_projections(build)
         q_norm = self.head_norm(build, "self_attn.q_layernorm", spec.num_attention_heads) if spec.qk_norm else None
         k_norm = self.head_norm(build, "self_attn.k_layernorm", spec.num_key_value_heads) if spec.qk_norm else None
 
@@ -101,6 +97,3 @@ class StableLm(Llama):
             return cat_last([norm(head) for norm, head in zip(norms, heads, strict=True)]).view(*x.shape)
 
         return forward
-
-    output_name = "o_proj"
-    """Name of the attention's output projection."""
