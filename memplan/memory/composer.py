@@ -93,17 +93,20 @@ class Composer:
         crossings = Crossings(decoder, embedding)
         for index in range(spec.num_hidden_layers):
             keeps_x = index == 0 and embedding.keeps_out
-            key = decoder.layer_kind(index), stream, keeps_x, crossings.of(index)
+            kind, crossing = decoder.layer_kind(index), crossings.of(index)
+            key = kind, stream, keeps_x, crossing
             if key not in made:
-                made[key] = record_layer(
+                segment = made[key] = record_layer(
                     decoder,
-                    key[0],
+                    kind,
                     stream,
                     shared_dtype,
-                    crossing=key[3],
+                    crossing=crossing,
                     keeps_x=keeps_x,
                     accumulating=accumulating,
                 )
+                if segment.x_dies == "backward":  # whether the model holds it as well makes no difference then
+                    made[kind, stream, False, crossing] = segment
             layers.append(made[key])
             crossings.carried.update(made[key].carried)
             stream = Stream(*made[key].out, made[key].out_requires_grad)

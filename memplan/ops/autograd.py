@@ -99,9 +99,12 @@ def record(
     Call it before the op allocates its result, as PyTorch makes the node and saves inputs first; results are
     saved afterwards with `save_result`.
     """
-    if not machine.grad_enabled or not any(t.requires_grad for t in inputs):
+    if not machine.grad_enabled:
         return None
-    node = Node(machine, backward, [edge_of(t) for t in inputs])
+    edges = [edge_of(t) for t in inputs]
+    if not any(edges):
+        return None
+    node = Node(machine, backward, edges)
     node.meta = meta
     if save:
         node.saved = tuple([pack(machine, t) for t in save])
@@ -176,9 +179,11 @@ def run_backward(roots: Sequence[Tensor], grads_in: list[Tensor]) -> None:
         grads = node.buffer
         assert grads is not None
         node.buffer = None
-        with node.machine.allocating(node.kind):
-            outputs = list(node.backward(node, grads))
-            _validate(node, outputs)
+        machine = node.machine
+        before, machine.kind = machine.kind, node.kind
+        outputs = list(node.backward(node, grads))
+        _validate(node, outputs)
+        machine.kind = before
         del grads
         node.release()
         for index, next_edge in enumerate(node.edges):

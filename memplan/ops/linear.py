@@ -67,7 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
     x = low(x)
     inputs: tuple[Tensor, ...] = (x, weight) if bias is None else (x, weight, bias)
     node = None
-    if m.grad_enabled and any(t.requires_grad for t in inputs):
+    if m.grad_enabled:
         saved = ([x] if weight.requires_grad else []) + ([weight] if x.requires_grad else [])
         node = record(m, _linear_backward, inputs, saved, meta=(x.shape, weight.shape))
     result = result_of(node, m, (*x.shape[:-1], out_features), x.dtype)
