@@ -148,22 +148,23 @@ def _llama4(fields: dict[str, Any], config: Mapping[str, Any]) -> None:
     fields["attn_temperature_tuning"] = bool(fields["attn_temperature_tuning"])  # 4 in the first configs
     _whole(fields, "attention_chunk_size")  # the mask of chunks is made whether a layer has it or not
     fields["output_router_logits"] = False  # recorded, but no loss is made of them
-    if set(fields["layer_types"]) - {"chunked_attention", "full_attention"}:
+    if any(kind not in ("chunked_attention", "full_attention") for kind in fields["layer_types"]):
         raise InvalidSpecError("`layer_types` of `llama4_text` are `chunked_attention` and `full_attention`")
-    sparse = config.get("moe_layers")
+    layers, sparse = range(min(num_layers, MAX_LAYERS)), config.get("moe_layers")
+    step = config.get("interleave_moe_layer_step") if sparse is None else 1
+    if type(step) is not int or step < 1:
+        raise InvalidSpecError("`interleave_moe_layer_step` is not a whole number above zero")
     if sparse is None:
-        step = config.get("interleave_moe_layer_step")
-        if type(step) is not int or step < 1:
-            raise InvalidSpecError("`interleave_moe_layer_step` is not a whole number above zero")
-        sparse = range(step - 1, min(num_layers, MAX_LAYERS), step)
-    elif not isinstance(sparse, list | tuple):
-        raise InvalidSpecError("`moe_layers` is not a list")
-    fields["mlp_only_layers"] = tuple(i for i in range(min(num_layers, MAX_LAYERS)) if i not in sparse)
-    if len(fields["mlp_only_layers"]) == num_layers:
-        fields |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+        sparse = range(step - 1, num_layers, step)
+    elif isinstance(sparse, list | tuple):
+        fields["mlp_only_layers"] = tuple(i for i in layers if i not in sparse)
     else:
+        raise InvalidSpecError("`moe_layers` is not a list")
+    if any(i in sparse for i in layers):
         _whole(fields, "num_experts")
-        fields["shared_expert_intermediate_size"] = fields["moe_intermediate_size"]
+        fields |= {"decoder_sparse_step": step, "shared_expert_intermediate_size": fields["moe_intermediate_size"]}
+    else:
+        fields |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
 
 
 def _exaone4(fields: dict[str, Any], config: Mapping[str, Any]) -> None:

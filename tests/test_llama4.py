@@ -73,7 +73,7 @@ def test_trl_finds_no_backbone_in_it() -> None:
 
 
 def test_every_expert_reads_every_token() -> None:
-    """What the warning says is what a step keeps: the hidden states once an expert, twice where the experts train."""
+    """What the warning says is what a step keeps: hidden states, gate, up and activation, more where experts train."""
     hidden, width, layers = CONFIGS[FAMILY]["hidden_size"], CONFIGS[FAMILY]["intermediate_size"], 1
 
     def kept(num_experts: int, **config: Any) -> int:
@@ -88,7 +88,9 @@ def test_every_expert_reads_every_token() -> None:
     trained = kept(16, method="full") - kept(8, method="full")
     assert trained == layers * (more * (2 * hidden + 2 * width + width + width) + routing)
     assert "4 experts on every token" in warnings_of(method="full")
-    assert "(128.00 KiB), kept for backward in every layer with experts (128.00 KiB)" in warnings_of(method="full")
+    told = "takes 272.00 KiB a layer, kept for backward in every layer with experts (272.00 KiB)"
+    assert 4 * TOKENS * (hidden + 3 * width) * 2 == 272 * 2**10
+    assert told in warnings_of(**attention)
 
 
 def test_frozen_fp32_experts_are_cast_in_every_layer_under_autocast() -> None:

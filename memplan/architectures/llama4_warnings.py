@@ -19,10 +19,14 @@ def llama4_warnings(spec: ModelSpec, config: TrainConfig) -> list[str]:
 def _repeated(spec: ModelSpec, config: TrainConfig) -> list[str]:
     """models/llama4/modeling_llama4.py `Llama4TextMoe.forward`: `hidden_states.repeat(num_experts, 1)`."""
     itemsize = DType.bf16.itemsize if config.autocast else DType[config.weight_dtype].itemsize
-    once = spec.num_experts * config.tokens_per_micro_batch * spec.hidden_size * itemsize
+    hidden, width = spec.hidden_size, spec.moe_intermediate_size
+    kept = hidden + 3 * width  # repeated; gate, up and the activation
+    if config.method == "full":
+        kept += hidden + width  # times the scores; the product of activation and up
+    layer = spec.num_experts * config.tokens_per_micro_batch * kept * itemsize
     return [
-        f"transformers runs each of the {spec.num_experts} experts on every token, whatever the router chooses: the "
-        f"hidden states are repeated for them ({human(once)}), {_kept(spec, config, once)}"
+        f"transformers runs each of the {spec.num_experts} experts on every token, whatever the router chooses: what "
+        f"they read and make takes {human(layer)} a layer, {_kept(spec, config, layer)}"
     ]
 
 

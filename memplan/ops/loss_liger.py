@@ -18,6 +18,7 @@ MODEL_TYPES = frozenset(
     {
         "deepseek_v2",
         "deepseek_v3",
+        "exaone4",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -25,6 +26,7 @@ MODEL_TYPES = frozenset(
         "glm4",
         "gpt_oss",
         "llama",
+        "llama4_text",
         "mistral",
         "mixtral",
         "olmo2",
@@ -32,7 +34,9 @@ MODEL_TYPES = frozenset(
         "phi3",
         "qwen2",
         "qwen3",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
         "smollm3",
     }
 )

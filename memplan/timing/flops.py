@@ -1,6 +1,7 @@
 """Matrix products and attention of one training step.
 
 forward        2 * rows * out * in                       every linear layer, routed experts by their active rows
+                                                         (llama4's by all rows)
 dX             the same                                  wherever a gradient is passed on
 dW             the same                                  trained weights only: LoRA leaves it out for its base
 recompute      forward once more                         each layer, under gradient checkpointing
@@ -87,7 +88,7 @@ def matmuls(layers: list[Linear], spec: ModelSpec, config: TrainConfig) -> Itera
     # Liger's loss has its gradients before backward begins
     at_once = config.loss == "liger" and not builds_logits(config.loss, spec.model_type)
     for linear in layers:
-        rows = tokens * (spec.num_experts_per_tok if linear.part == "experts" else 1)
+        rows = tokens * {"experts": spec.num_experts_per_tok, "batched": linear.groups}.get(linear.part, 1)
         cols, depth, times = linear.out_features, linear.in_features, 1
         if linear.part == "delta":  # lora_B [out, rank] x lora_A [rank, in], made twice a forward
             rows, cols, depth, times = linear.out_features * linear.groups, linear.in_features, linear.rank, 2

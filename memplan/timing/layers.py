@@ -15,6 +15,8 @@ from memplan.train_config import TrainConfig
 _LOOKUP = re.compile(r"(^|\.)(embed_tokens|embed_tokens_per_layer|embed_positions|wte|wpe|word_embeddings|embed_in)\.")
 # Weights of convolutions of each channel by itself, which are no matrices.
 _CONVOLUTION = re.compile(r"\.conv1d\.")
+_ON_EVERY_TOKEN = frozenset({"llama4_text"})
+"""Model types whose experts are a torch.bmm over all tokens (architectures/llama4_moe.py)."""
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _COPY = ".modules_to_save"
 
@@ -30,8 +32,9 @@ class Linear:
     rank: int
     """Of a `delta`; 0 otherwise."""
     part: str
-    """`base`, `head`, `experts`, `adapter`, or `delta`: an adapter that is added to a bare parameter before it
-    multiplies (PEFT 0.21.2 tuners/lora/layer.py `ParamWrapper`)."""
+    """`base`, `head`, `experts`, `batched` (experts that all tokens go through, in one kernel), `adapter`, or `delta`:
+    an adapter that is added to a bare parameter before it multiplies (PEFT 0.21.2 tuners/lora/layer.py
+    `ParamWrapper`)."""
     dtype: DType
     """dtype in which it multiplies."""
     needs_dw: bool
@@ -76,7 +79,8 @@ def _each(weights: list[Weight], spec: ModelSpec, config: TrainConfig) -> Iterat
             continue
         *experts, out_features, in_features = w.shape
         in_layers = _LAYER.match(w.name) is not None
-        part = "adapter" if base != w.name else "experts" if experts else "base"
+        of_experts = "batched" if spec.model_type in _ON_EVERY_TOKEN else "experts"
+        part = "adapter" if base != w.name else of_experts if experts else "base"
         if part == "base" and not in_layers and spec.vocab_size in w.shape:
             part = "head"
         needs_dw = w.learns or w.name in bare
